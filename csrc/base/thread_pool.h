@@ -1,0 +1,46 @@
+#ifndef GEMLOUPE_BASE_THREAD_POOL_H_
+#define GEMLOUPE_BASE_THREAD_POOL_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "base/function_ref.h"
+
+namespace gemloupe {
+
+// CPUs that this process may use: the affinity mask, limited by the cgroup's CPU quota.
+int AvailableCpus();
+
+// The one pool of the process. The thread that drives a pass is one of its workers.
+class ThreadPool {
+ public:
+  static ThreadPool& Get();
+
+  // Holds the pool for one pass: passes of other threads wait in the order in which they came.
+  // `threads` ≥ 1 bounds the workers of this pass (the driving thread included).
+  class Pass {
+   public:
+    explicit Pass(int threads);
+    ~Pass();
+    Pass(const Pass&) = delete;
+    Pass& operator=(const Pass&) = delete;
+  };
+
+  // Calls fn(chunk, worker) for every chunk in [0, chunks), each once, on the workers of the current
+  // pass; worker is in [0, threads). Chunks are handed out one at a time, so a busy core costs its
+  // share only. Must be called by the thread that holds the Pass; fn must not call ParallelFor.
+  void ParallelFor(int64_t chunks, FunctionRef<void(int64_t chunk, int worker)> fn);
+
+  // Workers of the current pass.
+  int threads() const;
+
+ private:
+  ThreadPool();
+  ~ThreadPool();
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace gemloupe
+
+#endif  // GEMLOUPE_BASE_THREAD_POOL_H_
