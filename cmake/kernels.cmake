@@ -6,13 +6,19 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(flags_avx2 -mavx2 -mfma -mf16c)
   set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
                    -mprefer-vector-width=512)
+  # GCC 12 reports its own _mm512_undefined_* as uninitialised (GCC bug 105593).
+  set(warnings -Wall -Wextra -Wno-uninitialized)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    list(APPEND warnings -Wno-maybe-uninitialized)
+  endif()
   foreach(isa avx2 avx512)
     if(simd_sources)
       add_library(gemloupe_kernels_${isa} OBJECT ${simd_sources})
       target_include_directories(gemloupe_kernels_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
       target_compile_definitions(gemloupe_kernels_${isa} PRIVATE GEMLOUPE_KERNEL_ISA=${isa}
                                  GEMLOUPE_KERNEL_ISA_${isa}=1)
-      target_compile_options(gemloupe_kernels_${isa} PRIVATE ${flags_${isa}} -ffp-contract=off -O3)
+      target_compile_options(gemloupe_kernels_${isa} PRIVATE ${flags_${isa}} ${warnings}
+                             -ffp-contract=off -O3)
       target_sources(gemloupe_kernels INTERFACE $<TARGET_OBJECTS:gemloupe_kernels_${isa}>)
     endif()
   endforeach()

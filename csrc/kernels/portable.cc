@@ -1,0 +1,161 @@
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "base/dtype.h"
+#include "kernels/kernel_table.h"
+
+namespace gemloupe {
+namespace {
+
+// Element i of an array that need not be aligned, as a float.
+float ElementF32(const void* p, int64_t i) {
+  float x;
+  std::memcpy(&x, static_cast<const char*>(p) + 4 * i, 4);
+  return x;
+}
+
+uint16_t Bits16(const void* p, int64_t i) {
+  uint16_t bits;
+  std::memcpy(&bits, static_cast<const char*>(p) + 2 * i, 2);
+  return bits;
+}
+
+float ElementBf16(const void* p, int64_t i) {
+  return std::bit_cast<float>(static_cast<uint32_t>(Bits16(p, i)) << 16);
+}
+
+float ElementF16(const void* p, int64_t i) { return Float16ToFloat(Bits16(p, i)); }
+
+using Element = float(const void*, int64_t);
+
+template <Element kElement>
+void Matmul(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
+            const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k) {
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < n; ++i) {
+      float sum = 0;
+      for (int64_t j = 0; j < k; ++j) {
+        sum += src[r * src_stride + j] * kElement(weight, i * weight_stride + j);
+      }
+      dst[r * dst_stride + i] = sum;
+    }
+  }
+}
+
+template <Element kElement>
+void Accumulate(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+                const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols) {
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t c = 0; c < cols; ++c) {
+        dst[r * dst_stride + c] += coef[r * coef_stride + j] * kElement(value, j * value_stride + c);
+      }
+    }
+  }
+}
+
+template <Element kElement>
+void Widen(float* dst, const void* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = kElement(src, i);
+}
+
+template <uint16_t kRound(float)>
+void Narrow(uint16_t* dst, const float* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = kRound(src[i]);
+}
+
+void RmsNorm(float* dst, const float* src, const float* weight, int64_t n, float eps) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += src[i] * src[i];
+  const float inverse = 1.0f / std::sqrt(sum / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) {
+    dst[i] = weight != nullptr ? src[i] * inverse * weight[i] : src[i] * inverse;
+  }
+}
+
+void Rope(float* x, const float* cos, const float* sin, int64_t pairs, int64_t half_dim) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float a = x[i];
+    const float b = x[i + half_dim];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half_dim] = b * cos[i] + a * sin[i];
+  }
+}
+
+void GeluMul(float* dst, const float* gate, const float* up, int64_t n) {
+  constexpr float kRootTwoOverPi = 0.7978845608f;
+  for (int64_t i = 0; i < n; ++i) {
+    const float z = gate[i];
+    const float u = kRootTwoOverPi * (z + 0.044715f * z * z * z);
+    dst[i] = 0.5f * z * (1.0f + std::tanh(u)) * up[i];
+  }
+}
+
+void Add(float* dst, const float* a, const float* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = a[i] + b[i];
+}
+
+void Scale(float* dst, const float* src, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i] * factor;
+}
+
+void AddScaled(float* dst, const float* src, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] += src[i] * factor;
+}
+
+void Mul(float* dst, const float* a, const float* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = a[i] * b[i];
+}
+
+void Softcap(float* x, float cap, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
+}
+
+float Max(const float* x, int64_t n) {
+  float largest = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+float ExpSum(float* dst, const float* src, float shift, int64_t n) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float e = std::exp(src[i] - shift);
+    if (dst != nullptr) dst[i] = e;
+    sum += e;
+  }
+  return sum;
+}
+
+constinit const KernelTable kTable = {
+    .name = "portable",
+    .matmul_f32 = Matmul<ElementF32>,
+    .matmul_bf16 = Matmul<ElementBf16>,
+    .matmul_f16 = Matmul<ElementF16>,
+    .accumulate_f32 = Accumulate<ElementF32>,
+    .accumulate_bf16 = Accumulate<ElementBf16>,
+    .accumulate_f16 = Accumulate<ElementF16>,
+    .bf16_to_f32 = Widen<ElementBf16>,
+    .f16_to_f32 = Widen<ElementF16>,
+    .f32_to_bf16 = Narrow<FloatToBfloat16>,
+    .f32_to_f16 = Narrow<FloatToFloat16>,
+    .rms_norm = RmsNorm,
+    .rope = Rope,
+    .gelu_mul = GeluMul,
+    .add = Add,
+    .scale = Scale,
+    .add_scaled = AddScaled,
+    .mul = Mul,
+    .softcap = Softcap,
+    .max = Max,
+    .exp_sum = ExpSum,
+};
+
+}  // namespace
+
+const KernelTable& PortableKernels() { return kTable; }
+
+}  // namespace gemloupe

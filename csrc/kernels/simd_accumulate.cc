@@ -1,0 +1,123 @@
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/simd_kernels.h"
+#include "kernels/simd_vec.h"
+
+namespace gemloupe::GEMLOUPE_KERNEL_ISA {
+namespace {
+
+// Values j … j + 15 stay in the first-level cache while all columns pass over them.
+constexpr int64_t kBlockValues = 16;
+
+// Vectors of columns whose sums are kept in registers, for kRows rows.
+template <int kRows>
+constexpr int kVecs = kRegisters == 32 ? (kRows == 1 ? 16 : kRows == 2 ? 8 : kRows <= 4 ? 4 : 2)
+                                       : (kRows == 1 ? 8 : kRows <= 3 ? 4 : kRows == 4 ? 2 : 1);
+
+// dst[r, c] += Σ_j coef[r, j] · value[j, c] for kRows × kVecs vectors of dst.
+template <class Element, int kRows, int kVecs>
+GEMLOUPE_INLINE void Block(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+                           const char* value, int64_t value_bytes, int64_t count) {
+  Vec sum[kRows][kVecs];
+  GEMLOUPE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GEMLOUPE_UNROLL
+    for (int v = 0; v < kVecs; ++v) sum[r][v] = Load(dst + r * dst_stride + v * kWidth);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    Vec x[kVecs];
+    GEMLOUPE_UNROLL
+    for (int v = 0; v < kVecs; ++v) {
+      const char* p = value + j * value_bytes + v * kWidth * Element::kBytes;
+      _mm_prefetch(p + kBlockValues * value_bytes, _MM_HINT_T0);
+      x[v] = Element::Load(p);
+    }
+    GEMLOUPE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec factor = Set(coef[r * coef_stride + j]);
+      GEMLOUPE_UNROLL
+      for (int v = 0; v < kVecs; ++v) sum[r][v] = Fma(factor, x[v], sum[r][v]);
+    }
+  }
+  GEMLOUPE_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GEMLOUPE_UNROLL
+    for (int v = 0; v < kVecs; ++v) Store(dst + r * dst_stride + v * kWidth, sum[r][v]);
+  }
+}
+
+template <class Element, int kRows>
+GEMLOUPE_INLINE void BlockTail(float* dst, int64_t dst_stride, const float* coef,
+                               int64_t coef_stride, const char* value, int64_t value_bytes,
+                               int64_t count, Tail tail) {
+  Vec sum[kRows];
+  GEMLOUPE_UNROLL
+  for (int r = 0; r < kRows; ++r) sum[r] = LoadTail(dst + r * dst_stride, tail);
+  for (int64_t j = 0; j < count; ++j) {
+    const Vec x = Element::LoadTail(value + j * value_bytes, tail);
+    GEMLOUPE_UNROLL
+    for (int r = 0; r < kRows; ++r) sum[r] = Fma(Set(coef[r * coef_stride + j]), x, sum[r]);
+  }
+  GEMLOUPE_UNROLL
+  for (int r = 0; r < kRows; ++r) StoreTail(dst + r * dst_stride, sum[r], tail);
+}
+
+template <class Element, int kRows>
+void Columns(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+             const char* value, int64_t value_bytes, int64_t count, int64_t cols) {
+  constexpr int kCols = kVecs<kRows> * kWidth;
+  for (int64_t j = 0; j < count; j += kBlockValues) {
+    const int64_t values = count - j < kBlockValues ? count - j : kBlockValues;
+    const char* row = value + j * value_bytes;
+    int64_t c = 0;
+    for (; c + kCols <= cols; c += kCols) {
+      Block<Element, kRows, kVecs<kRows>>(dst + c, dst_stride, coef + j, coef_stride,
+                                          row + c * Element::kBytes, value_bytes, values);
+    }
+    for (; c + kWidth <= cols; c += kWidth) {
+      Block<Element, kRows, 1>(dst + c, dst_stride, coef + j, coef_stride,
+                               row + c * Element::kBytes, value_bytes, values);
+    }
+    if (c < cols) {
+      BlockTail<Element, kRows>(dst + c, dst_stride, coef + j, coef_stride,
+                                row + c * Element::kBytes, value_bytes, values,
+                                FirstElements(cols - c));
+    }
+  }
+}
+
+template <class Element>
+GEMLOUPE_INLINE void Accumulate(float* dst, int64_t dst_stride, const float* coef,
+                                int64_t coef_stride, const void* value, int64_t value_stride,
+                                int rows, int64_t count, int64_t cols) {
+  using Function = void (*)(float*, int64_t, const float*, int64_t, const char*, int64_t, int64_t,
+                            int64_t);
+  static constexpr Function kByRows[] = {
+      Columns<Element, 1>, Columns<Element, 2>, Columns<Element, 3>, Columns<Element, 4>,
+      Columns<Element, 5>, Columns<Element, 6>, Columns<Element, 7>, Columns<Element, 8>};
+  kByRows[rows - 1](dst, dst_stride, coef, coef_stride, static_cast<const char*>(value),
+                    value_stride * Element::kBytes, count, cols);
+}
+
+}  // namespace
+
+void AccumulateF32(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+                   const void* value, int64_t value_stride, int rows, int64_t count,
+                   int64_t cols) {
+  Accumulate<Float32>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols);
+}
+
+void AccumulateBf16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+                    const void* value, int64_t value_stride, int rows, int64_t count,
+                    int64_t cols) {
+  Accumulate<Bfloat16>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols);
+}
+
+void AccumulateF16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+                   const void* value, int64_t value_stride, int rows, int64_t count,
+                   int64_t cols) {
+  Accumulate<Float16>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols);
+}
+
+}  // namespace gemloupe::GEMLOUPE_KERNEL_ISA
