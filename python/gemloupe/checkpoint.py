@@ -91,14 +91,17 @@ def open_checkpoint(source: str | os.PathLike[str], *, folder: Path | None = Non
     expected.
     """
     folder = resolve(source) if folder is None else folder
-    config = _read_config(folder)
+    config = read_folder_config(folder)
     files, found = safetensors_header.read_folder(folder)
     tensors = {name: StoredTensor(*place) for name, place in found.items()}
     return _checked(os.fspath(source), folder, config, files, tensors)
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """Returns the folder that `source` names, downloading it from the hub where it is an id."""
+def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
+    """Returns the folder that `source` names, downloading it from the hub where it is an id.
+
+    With `weights=False` only config.json is downloaded.
+    """
     text = os.fspath(source)
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(
@@ -122,7 +125,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
             f"{quoted(str(path.parent))}."
         )
     if isinstance(source, str) and hub.is_id(text) and not _is_path_like(text):
-        return hub.download(text)
+        return hub.download(text) if weights else hub.download_config(text)
     raise _no_such_folder(text, path)
 
 
@@ -166,7 +169,8 @@ def _no_such_folder(text: str, path: Path) -> FileNotFoundError:
     return FileNotFoundError(f"{text}: no such folder; expected a checkpoint. {advice}")
 
 
-def _read_config(folder: Path) -> ModelConfig:
+def read_folder_config(folder: Path) -> ModelConfig:
+    """Reads a folder's config.json; FileNotFoundError saying what to give instead without one."""
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():

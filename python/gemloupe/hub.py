@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gemloupe.config import read_config
 from gemloupe.errors import did_you_mean, quoted, sentences
-from gemloupe.variants import VARIANTS
+from gemloupe.variants import VARIANTS, Variant
 
 # Weights, configs, tokenizer and chat template; no pickles, no code.
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -29,10 +29,15 @@ def download(repo_id: str) -> Path:
     one whose terms have not been accepted, ConnectionError where the hub is out of reach, and
     ValueError where the config is not one of Gemma 4.
     """
-    folder = _snapshot(repo_id, ("config.json",))
-    if (folder / "config.json").is_file():
-        read_config(folder / "config.json")
+    config = download_config(repo_id) / "config.json"
+    if config.is_file():
+        read_config(config)
     return _snapshot(repo_id, _PATTERNS)
+
+
+def download_config(repo_id: str) -> Path:
+    """Returns the local folder of a hub checkpoint with at least its config.json; errors as above."""
+    return _snapshot(repo_id, ("config.json",))
 
 
 def _snapshot(repo_id: str, patterns: tuple[str, ...]) -> Path:
@@ -99,3 +104,11 @@ def _cached_ids() -> list[str]:
     return [
         n.removeprefix("models--").replace("--", "/") for n in names if n.startswith("models--")
     ]
+
+
+def released(repo_id: str) -> Variant | None:
+    """Returns the released model of this id, in any case, or None."""
+    for variant in VARIANTS.values():
+        if repo_id.lower() in (hub_id.lower() for hub_id in variant.hub_ids):
+            return variant
+    return None

@@ -1,0 +1,257 @@
+"""Counts parameters and bytes from a config: weights, KV cache, scratch, bytes per decoded token."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemloupe import checkpoint, hub, safetensors_header
+from gemloupe.checkpoint import Checkpoint, expected_text_tensors
+from gemloupe.config import LayerSpec, ModelConfig, TextConfig
+from gemloupe.errors import format_bytes, one_of, quoted
+from gemloupe.towers import BUFFER_NAMES, tower_parameters
+from gemloupe.variants import VARIANTS, Variant
+
+# Bits per weight. int8 and int4: groups of 32 with a 16-bit scale, the recipe of later versions.
+WEIGHT_BITS: dict[str, float] = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5}
+LATER_DTYPES = ("int8", "int4")
+KV_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_KV_BLOCK = 64  # Positions; csrc/ops/attention.h.
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters as transformers counts them: no buffers, and the tied output matrix once."""
+
+    text_body: int
+    """The text decoder without what the next three count."""
+    embedding: int
+    per_layer_table: int
+    experts: int
+    active_experts: int
+    """Parameters of the experts that one token uses, over all layers."""
+    towers: Mapping[str, int]
+
+    @property
+    def text(self) -> int:
+        return self.text_body + self.embedding + self.per_layer_table + self.experts
+
+    @property
+    def total(self) -> int:
+        return self.text + sum(self.towers.values())
+
+    @property
+    def active(self) -> int:
+        """What one decoded token reads: a per-layer table is only looked up, a row at a time."""
+        return self.text_body + self.embedding + self.active_experts
+
+
+def count_parameters(subject: ModelConfig | Checkpoint) -> Parameters:
+    """Counts by part; towers from the files where there are files, else from the config."""
+    config = subject if isinstance(subject, ModelConfig) else subject.config
+    text = config.text
+    embedding = table = experts = rest = 0
+    for name, shape in expected_text_tensors(text).items():
+        count = math.prod(shape)
+        if name == "embed_tokens.weight":
+            embedding = count
+        elif name == "embed_tokens_per_layer.weight":
+            table = count
+        elif ".experts." in name:
+            experts += count
+        elif not name.endswith(BUFFER_NAMES):
+            rest += count
+    towers = tower_parameters(config.raw)
+    if isinstance(subject, Checkpoint):
+        towers = {
+            tower: sum(
+                subject.tensors[name].info.elements
+                for name in names
+                if not name.endswith(BUFFER_NAMES)
+            )
+            for tower, names in subject.towers.items()
+        }
+    active = experts * text.top_k_experts // text.num_experts if experts else 0
+    return Parameters(rest, embedding, table, experts, active, towers)
+
+
+def kv_bytes_per_token(text: TextConfig, element_bytes: int = 2) -> tuple[int, int]:
+    """Returns bytes of keys and values per token in (all sliding, all full) layers."""
+    sliding = sum(_kv_width(layer) for layer in _storing(text) if layer.kind == "sliding")
+    full = sum(_kv_width(layer) for layer in _storing(text) if layer.kind == "full")
+    return sliding * element_bytes, full * element_bytes
+
+
+def kv_bytes(text: TextConfig, context: int, element_bytes: int = 2, *, chunk: int = 0) -> int:
+    """Returns bytes of the KV cache at `context` tokens, sliding layers holding their window.
+
+    With `chunk` > 0 as the engine allocates: in blocks, with room for a pass of `chunk` tokens.
+    """
+    total = 0
+    for layer in _storing(text):
+        positions = context
+        if layer.kind == "sliding":
+            room = layer.window if chunk == 0 else layer.window - 1 + chunk + _KV_BLOCK
+            positions = min(context, room)
+        if chunk:
+            positions = -(-positions // _KV_BLOCK) * _KV_BLOCK
+        total += positions * _kv_width(layer)
+    return total * element_bytes
+
+
+def bytes_per_decoded_token(
+    parameters: Parameters, text: TextConfig, context: int, weight_bits: float, kv_element: int
+) -> float:
+    """Returns bytes read for one token after `context` tokens: weights in use, keys and values."""
+    attended = sum(
+        min(context, layer.window or context) * _kv_width(layer) for layer in text.layers
+    )
+    return parameters.active * weight_bits / 8 + attended * kv_element
+
+
+def _storing(text: TextConfig) -> list[LayerSpec]:
+    return [layer for index, layer in enumerate(text.layers) if layer.kv_source == index]
+
+
+def _kv_width(layer: LayerSpec) -> int:
+    return 2 * layer.num_kv_heads * layer.head_dim
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of memory that a model needs, `int(estimate)` all together."""
+
+    name: str
+    dtype: str
+    stored_dtype: str
+    kv_dtype: str
+    context: int
+    weights: int
+    """Mapped from the files where these hold the wanted type (float32 reads bfloat16 files as they
+    are), else a private copy."""
+    kv_cache: int
+    scratch: int
+    """About what one pass of the default chunk needs beside them."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.scratch
+
+    def __int__(self) -> int:
+        return self.total
+
+    def __str__(self) -> str:
+        later = (
+            " (estimate: this version does not load it yet)" if self.dtype in LATER_DTYPES else ""
+        )
+        return (
+            f"{self.name}, {self.dtype}{later}, context {self.context:,}: "
+            f"{format_bytes(self.total)}\n"
+            f"  weights   {format_bytes(self.weights):>12}  stored as {self.stored_dtype}\n"
+            f"  KV cache  {format_bytes(self.kv_cache):>12}  {self.kv_dtype}\n"
+            f"  scratch   {format_bytes(self.scratch):>12}  about"
+        )
+
+
+Source = str | os.PathLike[str] | ModelConfig | Checkpoint | Variant
+
+
+def estimate(
+    source: Source,
+    dtype: str = "auto",
+    context: int = 4096,
+    kv_dtype: str = "auto",
+    *,
+    chunk: int = 512,
+) -> Estimate:
+    """Returns the bytes of RAM that `source` needs, before anything is loaded.
+
+    `source` is what `load` takes, a released model's name ("31B"), or a config; of a hub model
+    only config.json is fetched. ValueError for an unknown dtype or a context beyond the model's.
+    """
+    name, subject = find(source)
+    config = subject if isinstance(subject, ModelConfig) else subject.config
+    stored = subject.dtype if isinstance(subject, Checkpoint) else config.dtype or "bfloat16"
+    if dtype == "auto":
+        dtype = stored
+    choices = ("auto", *WEIGHT_BITS, stored)
+    if dtype not in choices:
+        raise ValueError(
+            f"dtype is {quoted(dtype)}; expected {one_of(list(dict.fromkeys(choices)))}. "
+            "Give one of these."
+        )
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if dtype == "float32" else "float16"
+    if kv_dtype not in KV_BYTES:
+        raise ValueError(
+            f"kv_dtype is {quoted(kv_dtype)}; expected {one_of(['auto', *KV_BYTES])}. "
+            "Give one of these."
+        )
+    limit = config.text.max_position_embeddings
+    if not 1 <= context <= limit:
+        raise ValueError(
+            f"context is {context}; expected 1 to {limit}, the config's max_position_embeddings. "
+            "Give a number of tokens in that range."
+        )
+    return Estimate(
+        name=name,
+        dtype=dtype,
+        stored_dtype=stored,
+        kv_dtype=kv_dtype,
+        context=context,
+        weights=_weight_bytes(subject, stored, dtype),
+        kv_cache=kv_bytes(config.text, context, KV_BYTES[kv_dtype], chunk=chunk),
+        scratch=_scratch_bytes(config.text, min(chunk, context)),
+    )
+
+
+def _weight_bytes(subject: ModelConfig | Checkpoint, stored: str, dtype: str) -> int:
+    count = count_parameters(subject).text
+    if dtype in LATER_DTYPES or dtype == "bfloat16":
+        return round(count * WEIGHT_BITS[dtype] / 8)
+    if isinstance(subject, Checkpoint):
+        return sum(tensor.end - tensor.begin for tensor in subject.text_tensors.values())
+    return count * (4 if stored == "float32" else 2)
+
+
+def _scratch_bytes(text: TextConfig, rows: int) -> int:
+    """Float32 rows alive at once in the widest layer, plus per-layer inputs and one row of logits."""
+    widest = 0
+    for layer in text.layers:
+        query = text.num_attention_heads * layer.head_dim
+        ffn = 2 * layer.intermediate_size
+        if layer.has_experts:
+            ffn += text.top_k_experts * (2 * text.moe_intermediate_size + text.hidden_size)
+        widest = max(widest, 2 * query + _kv_width(layer), ffn)
+    per_row = 4 * text.hidden_size + widest
+    per_row += 2 * text.num_hidden_layers * text.hidden_size_per_layer_input
+    return 4 * (rows * per_row + text.vocab_size)
+
+
+def find(source: Source) -> tuple[str, ModelConfig | Checkpoint]:
+    """Returns the name and the config, or the checkpoint where its weights are on this machine."""
+    if isinstance(source, Variant):
+        return source.name, source.config
+    if isinstance(source, ModelConfig):
+        return source.architecture or source.model_type, source
+    if isinstance(source, Checkpoint):
+        return source.source, source
+    name = os.fspath(source)
+    if name in VARIANTS and not Path(name).exists():
+        return name, VARIANTS[name].config
+    try:
+        folder = checkpoint.resolve(source, weights=False)
+    except ConnectionError:
+        released = hub.released(name)
+        if released is None:
+            raise
+        return name, released.config
+    if (folder / "model.safetensors").is_file() or (
+        folder / safetensors_header.INDEX_NAME
+    ).is_file():
+        return name, checkpoint.open_checkpoint(name, folder=folder)
+    return name, checkpoint.read_folder_config(folder)

@@ -1,0 +1,80 @@
+"""Counts the parameters of the vision and audio parts from a config, for the sizes report.
+
+The text decoder alone runs in this version; these figures only say how large the rest is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Buffers, which transformers doesn't count as parameters: clip bounds, standardisation, layer scalars.
+BUFFER_NAMES = ("_min", "_max", ".std_bias", ".std_scale", "layer_scalar")
+
+
+def tower_parameters(raw: Mapping[str, Any]) -> dict[str, int]:
+    """Returns module -> parameters from a config.json; {} for a text-only one.
+
+    Fields that the file lacks have the values of transformers' config classes. Unusable fields
+    make a tower be left out: loading the text decoder doesn't depend on them.
+    """
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        return {}
+    unified = str(raw.get("model_type", "")).startswith("gemma4_unified")
+    vision = _unified_vision if unified else _vision
+    audio = _unified_audio if unified else _audio
+    counts: dict[str, int] = {}
+    for part, count in (("vision_config", vision), ("audio_config", audio)):
+        section = raw.get(part)
+        if isinstance(section, Mapping):
+            try:
+                counts |= count(section, int(text["hidden_size"]))
+            except (KeyError, TypeError, ValueError):
+                continue
+    return counts
+
+
+def _vision(config: Mapping[str, Any], text_width: int) -> dict[str, int]:
+    width = int(config.get("hidden_size", 768))
+    inner = int(config.get("intermediate_size", 3072))
+    head = int(config.get("head_dim", 64))
+    query = int(config.get("num_attention_heads", 12)) * head
+    key = int(config.get("num_key_value_heads", 12)) * head
+    layer = 2 * width * query + 2 * width * key + 3 * width * inner  # Seven matrices.
+    layer += 4 * width + 2 * head  # Norms.
+    tower = int(config.get("num_hidden_layers", 16)) * layer
+    tower += 3 * int(config.get("patch_size", 16)) ** 2 * width
+    tower += 2 * int(config.get("position_embedding_size", 10_240)) * width
+    return {"vision_tower": tower, "embed_vision": width * text_width}
+
+
+def _audio(config: Mapping[str, Any], text_width: int) -> dict[str, int]:
+    width = int(config.get("hidden_size", 1024))
+    out = int(config.get("output_proj_dims", 1536))
+    first, second = (int(n) for n in config.get("subsampling_conv_channels", (128, 32)))
+    head = width // int(config.get("num_attention_heads", 8))
+    # Per layer: two feed-forward blocks, attention with its positions, convolution, norms.
+    layer = 2 * (8 * width * width + 2 * width)
+    layer += 5 * width * width + head
+    layer += 3 * width * width + int(config.get("conv_kernel_size", 5)) * width + 2 * width
+    layer += 3 * width
+    tower = int(config.get("num_hidden_layers", 12)) * layer
+    tower += 9 * first + first + 9 * first * second + second
+    tower += first // 4 * second * width
+    tower += width * out + out
+    return {"audio_tower": tower, "embed_audio": out * text_width}
+
+
+def _unified_vision(config: Mapping[str, Any], text_width: int) -> dict[str, int]:
+    width = int(config.get("mm_embed_dim", 3840))
+    pixels = int(config.get("patch_size", 16)) * int(config.get("pooling_kernel_size", 3))
+    patch = 3 * pixels**2
+    positions = int(config.get("mm_posemb_size", 1120))
+    embedder = 2 * patch + patch * width + width + 2 * width + 2 * width * positions + 2 * width
+    out = int(config.get("output_proj_dims", 3840))
+    return {"vision_embedder": embedder, "embed_vision": out * text_width}
+
+
+def _unified_audio(config: Mapping[str, Any], text_width: int) -> dict[str, int]:
+    return {"embed_audio": int(config.get("audio_embed_dim", 640)) * text_width}
