@@ -223,7 +223,7 @@ def _plain(value: Any) -> Any:
 class _Generation(jinja2.ext.Extension):
     """Accepts {% generation %} blocks, which mark answers for training, and renders their body."""
 
-    tags = {"generation"}  # noqa: RUF012  Jinja's own attribute.
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -55,7 +55,7 @@ class Prompt:
         return self.tokenizer.decode(self.ids, skip_special=False)
 
     def find(self, text: str, index: int | None = None) -> np.ndarray:
-        """Returns the positions of the tokens that `text` lies in, a token it only touches included.
+        """Returns the positions of the tokens that `text` lies in, wholly or partly.
 
         All occurrences together, or the `index`-th (from 0, negative from the end) alone.
         Raises ValueError where there is none.
@@ -137,7 +137,8 @@ def find_positions(
     """Returns `Prompt.positions` for any ids [T], those of prompt and answer together included."""
     if kind not in KINDS:
         raise ValueError(
-            f"kind {quoted(kind)} is not known; expected {one_of(KINDS)}. {did_you_mean(kind, KINDS)}"
+            f"kind {quoted(kind)} is not known; expected {one_of(KINDS)}. "
+            + did_you_mean(kind, KINDS)
         )
     if kind in _MEDIA:
         token = getattr(config, f"{kind}_token_id", None)
@@ -238,7 +239,7 @@ def prepare(
 
 
 def is_batch(x: Any) -> bool:
-    """Whether `x` holds several prompts: a list of str, chats, id lists or prompts, or a 2-D array."""
+    """Whether `x` is a list of str, chats, id lists or prompts, or a 2-D array."""
     if isinstance(x, (list, tuple)):
         return bool(x) and not (isinstance(x[0], Mapping) or _is_number(x[0]))
     return getattr(x, "ndim", 1) == 2

@@ -88,7 +88,7 @@ class Tokenizer:
     def backend(self) -> tokenizers.Tokenizer:
         """The `tokenizers.Tokenizer`, loaded now if it is not yet.
 
-        Raises FileNotFoundError when the folder has no tokenizer.json, ValueError when it is broken.
+        Raises FileNotFoundError where the folder has no tokenizer.json, ValueError if broken.
         """
         return self._backend if self._backend is not None else self._load()
 
@@ -232,8 +232,8 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 class StreamDecoder:
     """Decodes ids one by one; what it has returned never changes.
 
-    The pieces joined, `flush()` included, equal `tokenizer.decode` of all ids. A run of byte-fallback
-    tokens is held back until it ends: one bad byte turns every byte of its run into U+FFFD.
+    The pieces joined, `flush()` included, equal `tokenizer.decode` of all ids. A run of
+    byte-fallback tokens is held back until it ends: one bad byte makes all of its run U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
