@@ -110,7 +110,7 @@ class ModelConfig:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Reads a config.json; ValueError naming file, field, got and expected where it can't be used."""
+    """Reads a config.json; ValueError naming file, field, got and expected if it is unusable."""
     return parse_config(strict_json.read_object(path), str(path))
 
 
@@ -175,7 +175,7 @@ class _Fields:
         self.path = path
 
     def refuse(self, name: str, expected: str, advice: str = _FIX) -> NoReturn:
-        got = quoted(self.values[name]) if name in self.values else "missing"
+        got = _json_text(self.values[name]) if name in self.values else "missing"
         raise ValueError(f"{self.where}: {self.path}{name} is {got}; expected {expected}. {advice}")
 
     def section(self, name: str) -> _Fields:
@@ -227,6 +227,12 @@ class _Fields:
             ):
                 self.refuse(name, "a token id or a list of token ids")
         return tuple(ids)
+
+
+def _json_text(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return quoted(value)
 
 
 def _first_of(first: int | None, second: int | None) -> int | None:
@@ -445,8 +451,8 @@ def _layer_overrides(text: _Fields, types: list[str]) -> dict[int, _Fields]:
         index = int(key) if key.isascii() and key.isdigit() and len(key) <= 6 else -1
         if not 0 <= index < len(types) or index in overrides:
             raise ValueError(
-                f"{text.where}: {section.path.rstrip('.')} has the key {quoted(key)}; expected each "
-                f"layer index from 0 to {len(types) - 1} at most once. {_FIX}"
+                f"{text.where}: {section.path.rstrip('.')} has the key {quoted(key)}; expected "
+                f"each layer index from 0 to {len(types) - 1} at most once. {_FIX}"
             )
         overrides[index] = section.section(key)
         for name, value in overrides[index].values.items():

@@ -36,7 +36,7 @@ def download(repo_id: str) -> Path:
 
 
 def download_config(repo_id: str) -> Path:
-    """Returns the local folder of a hub checkpoint with at least its config.json; errors as above."""
+    """Returns the local folder of a checkpoint with at least its config.json; errors as above."""
     return _snapshot(repo_id, ("config.json",))
 
 

@@ -84,8 +84,10 @@ class Report:
 
     def _layers(self) -> str:
         rows = [
-            ("count", "kind", "heads", "kv", "head size", "window", "keys and values", "FFN width", "experts",
-             "layers"),
+            (
+                "count", "kind", "heads", "kv", "head size", "window", "keys and values",
+                "FFN width", "experts", "layers",
+            )
         ]  # fmt: skip
         text = self.config.text
         for group in self.groups:
@@ -201,7 +203,7 @@ def _ranges(indices: Sequence[int], limit: int = 4) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines up columns; those whose every cell below the heading is a number or "-" to the right."""
+    """Lines up columns; to the right those that hold only numbers and "-" below the heading."""
     columns = list(zip(*rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
     numeric = [all(cell.isdigit() or cell == "-" for cell in column[1:]) for column in columns]

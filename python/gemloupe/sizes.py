@@ -1,4 +1,4 @@
-"""Counts parameters and bytes from a config: weights, KV cache, scratch, bytes per decoded token."""
+"""Counts from a config: parameters, bytes of weights, cache and scratch, bytes per token."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _weight_bytes(subject: ModelConfig | Checkpoint, stored: str, dtype: str) ->
 
 
 def _scratch_bytes(text: TextConfig, rows: int) -> int:
-    """Float32 rows alive at once in the widest layer, plus per-layer inputs and one row of logits."""
+    """Float32 rows alive at once in the widest layer, per-layer inputs and one row of logits."""
     widest = 0
     for layer in text.layers:
         query = text.num_attention_heads * layer.head_dim

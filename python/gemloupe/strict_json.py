@@ -1,4 +1,4 @@
-"""Reads JSON written by strangers: limited in size, without duplicate keys or non-finite numbers."""
+"""Reads JSON written by strangers: limited in size, no key twice, no number that isn't finite."""
 
 from __future__ import annotations
 
