@@ -8,123 +8,122 @@ namespace gemloupe::GEMLOUPE_KERNEL_ISA {
 namespace {
 
 constexpr int kLineBytes = 64;
-// How far ahead of its use a weight is fetched, in each of the rows that are read side by side.
+// How far ahead of its use a weight is fetched, in each stream.
 constexpr int64_t kAheadBytes = 1024;
 
-// Weight rows read side by side, and src rows whose sums are kept in registers beside them.
+// The weight rows are read as kStreams streams, far apart: stream o begins at row o · n / kStreams.
+// One stream alone does not saturate the memory.
 template <int kRows>
-constexpr int kOutputs = kRegisters == 32 ? (kRows <= 3 ? 8 : kRows <= 6 ? 4 : 3)
+constexpr int kStreams = kRegisters == 32 ? (kRows <= 3 ? 8 : kRows <= 6 ? 4 : 3)
                                           : (kRows == 1 ? 8 : kRows <= 3 ? 4 : 2);
+// Rows of src whose sums fit in the registers beside those of the other streams.
 constexpr int kMaxBlockRows = kRegisters == 32 ? 8 : 4;
+
+// What one block of outputs reads and writes: dst[r · dst_stride + o · dst_stream] is the product of
+// src + r · src_stride and of the weights at weight + o · stream_bytes.
+struct Operands {
+  float* dst;
+  int64_t dst_stride;
+  int64_t dst_stream;
+  const float* src;
+  int64_t src_stride;
+  const char* weight;
+  int64_t stream_bytes;
+  int64_t ahead_bytes;
+  int64_t k;
+};
 
 template <int kRows, int kOutputs>
 struct Sums {
   Vec sum[kOutputs][kRows];
 };
 
-// One step of k. Each output has one accumulator, whatever the block: see kernel_table.h.
+// One vector of k. Each output has one accumulator, whatever the block: see kernel_table.h.
 template <class Element, int kRows, int kOutputs>
-GEMLOUPE_INLINE void Step(Sums<kRows, kOutputs>& sums, const float* src, int64_t src_stride,
-                          const char* weight, int64_t weight_bytes) {
+GEMLOUPE_INLINE void Step(Sums<kRows, kOutputs>& sums, const Operands& x, int64_t i) {
   Vec w[kOutputs];
   GEMLOUPE_UNROLL
-  for (int o = 0; o < kOutputs; ++o) w[o] = Element::Load(weight + o * weight_bytes);
+  for (int o = 0; o < kOutputs; ++o) {
+    w[o] = Element::Load(x.weight + o * x.stream_bytes + i * Element::kBytes);
+  }
   GEMLOUPE_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    const Vec s = Load(src + r * src_stride);
+    const Vec s = InRegister(Load(x.src + r * x.src_stride + i));
     GEMLOUPE_UNROLL
     for (int o = 0; o < kOutputs; ++o) sums.sum[o][r] = Fma(s, w[o], sums.sum[o][r]);
   }
 }
 
 template <class Element, int kRows, int kOutputs>
-GEMLOUPE_INLINE void StepTail(Sums<kRows, kOutputs>& sums, const float* src, int64_t src_stride,
-                              const char* weight, int64_t weight_bytes, Tail tail) {
+GEMLOUPE_INLINE void StepTail(Sums<kRows, kOutputs>& sums, const Operands& x, int64_t i) {
+  const Tail tail = FirstElements(x.k - i);
   GEMLOUPE_UNROLL
   for (int o = 0; o < kOutputs; ++o) {
-    const Vec w = Element::LoadTail(weight + o * weight_bytes, tail);
+    const Vec w = Element::LoadTail(x.weight + o * x.stream_bytes + i * Element::kBytes, tail);
     GEMLOUPE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      sums.sum[o][r] = Fma(LoadTail(src + r * src_stride, tail), w, sums.sum[o][r]);
+      sums.sum[o][r] = Fma(LoadTail(x.src + r * x.src_stride + i, tail), w, sums.sum[o][r]);
     }
   }
 }
 
-// Cache lines [i, end) of every weight row; fetches the line `ahead` bytes after each.
 template <class Element, int kRows, int kOutputs>
-GEMLOUPE_INLINE int64_t StepLines(Sums<kRows, kOutputs>& sums, const float* src,
-                                  int64_t src_stride, const char* weight, int64_t weight_bytes,
-                                  int64_t i, int64_t end, int64_t ahead) {
-  constexpr int kLine = kLineBytes / Element::kBytes;
-  for (; i + kLine <= end; i += kLine) {
-    const char* w = weight + i * Element::kBytes;
-    GEMLOUPE_UNROLL
-    for (int o = 0; o < kOutputs; ++o) _mm_prefetch(w + o * weight_bytes + ahead, _MM_HINT_T0);
-    GEMLOUPE_UNROLL
-    for (int part = 0; part < kLine; part += kWidth) {
-      Step<Element>(sums, src + i + part, src_stride, w + part * Element::kBytes, weight_bytes);
-    }
-  }
-  return i;
-}
-
-// dst[r, o] for kRows × kOutputs outputs.
-template <class Element, int kRows, int kOutputs>
-GEMLOUPE_INLINE void Block(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-                           const char* weight, int64_t weight_bytes, int64_t k) {
+GEMLOUPE_INLINE void Block(const Operands& x) {
   Sums<kRows, kOutputs> sums;
   GEMLOUPE_UNROLL
   for (int o = 0; o < kOutputs; ++o) {
     GEMLOUPE_UNROLL
     for (int r = 0; r < kRows; ++r) sums.sum[o][r] = Set(0.0f);
   }
-  // Near the end of the rows the lines ahead are those of the next block.
-  constexpr int64_t kAhead = kAheadBytes / Element::kBytes;
-  const int64_t next_block = kOutputs * weight_bytes - (k - kAhead) * Element::kBytes;
-  int64_t i = StepLines<Element>(sums, src, src_stride, weight, weight_bytes, 0, k - kAhead,
-                                 kAheadBytes);
-  i = StepLines<Element>(sums, src, src_stride, weight, weight_bytes, i, k, next_block);
-  for (; i + kWidth <= k; i += kWidth) {
-    Step<Element>(sums, src + i, src_stride, weight + i * Element::kBytes, weight_bytes);
+  constexpr int kLine = kLineBytes / Element::kBytes;
+  int64_t i = 0;
+  for (; i + kLine <= x.k; i += kLine) {
+    const char* ahead = x.weight + i * Element::kBytes + x.ahead_bytes;
+    GEMLOUPE_UNROLL
+    for (int o = 0; o < kOutputs; ++o) _mm_prefetch(ahead + o * x.stream_bytes, _MM_HINT_T0);
+    GEMLOUPE_UNROLL
+    for (int part = 0; part < kLine; part += kWidth) Step<Element>(sums, x, i + part);
   }
-  if (i < k) {
-    StepTail<Element>(sums, src + i, src_stride, weight + i * Element::kBytes, weight_bytes,
-                      FirstElements(k - i));
-  }
+  for (; i + kWidth <= x.k; i += kWidth) Step<Element>(sums, x, i);
+  if (i < x.k) StepTail<Element>(sums, x, i);
   GEMLOUPE_UNROLL
   for (int r = 0; r < kRows; ++r) {
     GEMLOUPE_UNROLL
-    for (int o = 0; o < kOutputs; ++o) dst[r * dst_stride + o] = Sum(sums.sum[o][r]);
+    for (int o = 0; o < kOutputs; ++o) {
+      x.dst[r * x.dst_stride + o * x.dst_stream] = Sum(sums.sum[o][r]);
+    }
   }
 }
 
-// As Block; more rows than registers can hold are done in two passes over the cached weights.
+// As Block; more rows than the registers hold are done in two passes over the cached weights.
 template <class Element, int kRows, int kOutputs>
-GEMLOUPE_INLINE void Rows(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-                          const char* weight, int64_t weight_bytes, int64_t k) {
+GEMLOUPE_INLINE void Rows(Operands x) {
   if constexpr (kRows <= kMaxBlockRows) {
-    Block<Element, kRows, kOutputs>(dst, dst_stride, src, src_stride, weight, weight_bytes, k);
+    Block<Element, kRows, kOutputs>(x);
   } else {
-    constexpr int kFirst = kMaxBlockRows;
-    Block<Element, kFirst, kOutputs>(dst, dst_stride, src, src_stride, weight, weight_bytes, k);
-    Block<Element, kRows - kFirst, kOutputs>(dst + kFirst * dst_stride, dst_stride,
-                                             src + kFirst * src_stride, src_stride, weight,
-                                             weight_bytes, k);
+    Block<Element, kMaxBlockRows, kOutputs>(x);
+    x.dst += kMaxBlockRows * x.dst_stride;
+    x.src += kMaxBlockRows * x.src_stride;
+    Block<Element, kRows - kMaxBlockRows, kOutputs>(x);
   }
 }
 
 template <class Element, int kRows>
-void Outputs(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-             const char* weight, int64_t weight_bytes, int64_t n, int64_t k) {
-  constexpr int kSideBySide = kOutputs<kRows>;
-  int64_t i = 0;
-  for (; i + kSideBySide <= n; i += kSideBySide) {
-    Rows<Element, kRows, kSideBySide>(dst + i, dst_stride, src, src_stride,
-                                      weight + i * weight_bytes, weight_bytes, k);
+void Outputs(Operands x, int64_t row_bytes, int64_t n) {
+  x.dst_stream = n / kStreams<kRows>;
+  x.stream_bytes = x.dst_stream * row_bytes;
+  for (int64_t i = 0; i < x.dst_stream; ++i) {
+    Rows<Element, kRows, kStreams<kRows>>(x);
+    ++x.dst;
+    x.weight += row_bytes;
   }
-  for (; i < n; ++i) {
-    Rows<Element, kRows, 1>(dst + i, dst_stride, src, src_stride, weight + i * weight_bytes,
-                            weight_bytes, k);
+  // The outputs that the streams leave over.
+  x.dst += (kStreams<kRows> - 1) * x.dst_stream;
+  x.weight += (kStreams<kRows> - 1) * x.stream_bytes;
+  for (int64_t i = kStreams<kRows> * x.dst_stream; i < n; ++i) {
+    Rows<Element, kRows, 1>(x);
+    ++x.dst;
+    x.weight += row_bytes;
   }
 }
 
@@ -132,13 +131,22 @@ template <class Element>
 GEMLOUPE_INLINE void Matmul(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
                             const void* weight, int64_t weight_stride, int rows, int64_t n,
                             int64_t k) {
-  using Function = void (*)(float*, int64_t, const float*, int64_t, const char*, int64_t, int64_t,
-                            int64_t);
+  const int64_t row_bytes = weight_stride * Element::kBytes;
+  Operands x = {.dst = dst,
+                .dst_stride = dst_stride,
+                .dst_stream = 0,
+                .src = src,
+                .src_stride = src_stride,
+                .weight = static_cast<const char*>(weight),
+                .stream_bytes = 0,
+                // Between rows with gaps only the same place in the next row is surely wanted.
+                .ahead_bytes = weight_stride == k ? kAheadBytes : row_bytes,
+                .k = k};
+  using Function = void (*)(Operands, int64_t, int64_t);
   static constexpr Function kByRows[] = {
       Outputs<Element, 1>, Outputs<Element, 2>, Outputs<Element, 3>, Outputs<Element, 4>,
       Outputs<Element, 5>, Outputs<Element, 6>, Outputs<Element, 7>, Outputs<Element, 8>};
-  kByRows[rows - 1](dst, dst_stride, src, src_stride, static_cast<const char*>(weight),
-                    weight_stride * Element::kBytes, n, k);
+  kByRows[rows - 1](x, row_bytes, n);
 }
 
 }  // namespace

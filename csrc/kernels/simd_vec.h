@@ -233,6 +233,12 @@ struct Float32 {
   }
 };
 
+// Keeps a loaded vector in a register: GCC would repeat the load in each FMA that uses it.
+GEMLOUPE_INLINE Vec InRegister(Vec x) {
+  asm("" : "+v"(x));
+  return x;
+}
+
 // Sum of all elements, always in the same order.
 GEMLOUPE_INLINE float Sum(Vec x) {
   const __m256 eight = FoldSum(x);
