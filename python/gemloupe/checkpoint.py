@@ -102,7 +102,7 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
 
     With `weights=False` only config.json is downloaded.
     """
-    text = os.fspath(source)
+    text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else ""
     if not isinstance(text, str) or not text or "\0" in text:
         raise ValueError(
             f"source is {quoted(source)}; expected a checkpoint folder, a hub id such as "
