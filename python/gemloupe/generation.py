@@ -1,0 +1,413 @@
+"""`model.generate`: prompts and options in, outputs or a stream of pieces out.
+
+Each step asks the C++ session for one pass over the rows; it samples there. This module decodes
+the tokens, looks for stop strings and ends rows.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gemloupe.answer import AnswerReader, Part
+from gemloupe.output import Output, Timings, TokenLogprobs
+from gemloupe.prompt import Prompt, is_batch, prepare
+from gemloupe.sampling import RowOptions, resolve_rows
+from gemloupe.stream import Piece, Stream
+from gemloupe.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gemloupe.config import ModelConfig
+
+# A prompt shorter than this is read in a few seconds at most; no bar is shown.
+_BAR_TOKENS = 2048
+# Arguments of the contract that later versions understand, with the value that means nothing.
+_LATER: dict[str, Any] = {
+    "adapter": None,
+    "capture": (),
+    "edit": None,
+    "max_thinking_tokens": None,
+    "response_format": None,
+    "drafter": None,
+}
+
+
+class GenerationModel(Protocol):
+    """What this module needs of a model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def generation_config(self) -> Mapping[str, Any]: ...
+    def new_session(self) -> Any:
+        """Returns a `_core.Session` on the model's weights."""
+
+    def new_request(self) -> Any:
+        """Returns an empty `_core.RowRequest`."""
+
+    def core_cache(self, cache: Any) -> Any:
+        """Returns the `_core.KvCache` inside a cache that the caller passed."""
+
+    def wrap_cache(self, core_cache: Any) -> Any:
+        """Returns the cache that the caller gets for a `_core.KvCache`."""
+
+
+def generate(
+    model: GenerationModel,
+    x: Any,
+    *,
+    max_new_tokens: int | Sequence[int] = 256,
+    temperature: float | Sequence[float | None] | None = None,
+    top_p: float | Sequence[float | None] | None = None,
+    top_k: int | Sequence[int | None] | None = None,
+    min_p: float | Sequence[float | None] | None = None,
+    repetition_penalty: float | Sequence[float | None] | None = None,
+    seed: int | Sequence[int | None] | None = None,
+    stop: Any = (),
+    logprobs: int | Sequence[int] = 0,
+    prompt_logprobs: int | Sequence[int] = 0,
+    adapter: Any = None,
+    cache: Any = None,
+    capture: Any = (),
+    edit: Any = None,
+    routing: Any = "experts",
+    softcap: Any = "config",
+    thinking: bool = False,
+    max_thinking_tokens: int | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    max_tool_rounds: int = 4,
+    response_format: Any = None,
+    images: Any = None,
+    audio: Any = None,
+    videos: Any = None,
+    drafter: Any = None,
+    bos: bool | str = "auto",
+    stream: bool = False,
+) -> Output | list[Output] | Stream:
+    """Continues `x` (see `prompt.prepare`); an `Output`, a list of them for a batch, or a `Stream`.
+
+    Sampling arguments left None come from generation_config.json, else 1.0 / 0.95 / 64;
+    temperature=0 is greedy. One seed gives one text, alone or in a batch. `stop`: strings and ids;
+    strings are looked for in the answer, not in the thought. `logprobs=n` reports each token's
+    log-probability and the n most likely ids', 0 nothing. With `cache`, `x` is appended to it and
+    gets no BOS. In a batch each of these may be a list, one value a row. `softcap`: "config", a
+    number, or None for uncapped logits. Fewer tokens come where the context ends.
+    """
+    later = {
+        "adapter": adapter,
+        "capture": capture,
+        "edit": edit,
+        "max_thinking_tokens": max_thinking_tokens,
+        "response_format": response_format,
+        "drafter": drafter,
+    }
+    _refuse_later(later)
+    started = time.perf_counter()
+    batch = is_batch(x)
+    caches = _row_caches(cache, len(x) if batch else None)
+    continued = any(given is not None and given.length > 0 for given in caches)
+    prepared = prepare(
+        x,
+        model.tokenizer,
+        model.config,
+        thinking=thinking,
+        tools=tools,
+        bos=False if continued and bos == "auto" else bos,
+        images=images,
+        audio=audio,
+        videos=videos,
+    )
+    prompts = prepared if isinstance(prepared, list) else [prepared]
+    arguments = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+    }
+    options = resolve_rows(
+        arguments,
+        len(prompts) if batch else None,
+        model.generation_config,
+        model.config.eos_token_ids,
+        model.config.text.vocab_size,
+    )
+    generation = Generation(model, prompts, options, caches, _softcap(softcap), stream, started)
+    result = Stream(generation, batch)
+    return result if stream else result.result
+
+
+def chat(
+    model: GenerationModel, message: str | Sequence[Mapping[str, Any]], **arguments: Any
+) -> Output | list[Output] | Stream:
+    """Answers one user message, or a list of messages, with `generate`'s arguments."""
+    if isinstance(message, str):
+        message = [{"role": "user", "content": message}]
+    return generate(model, message, **arguments)
+
+
+def _refuse_later(arguments: Mapping[str, Any]) -> None:
+    for name, nothing in _LATER.items():
+        value = arguments[name]
+        if value is nothing or (name == "capture" and not len(value)):
+            continue
+        raise ValueError(f"{name}= is not in this version of generate; leave it out")
+
+
+def _softcap(softcap: Any) -> float | None:
+    """Returns the cap for the session: None for the config's, 0.0 for none."""
+    if softcap == "config":
+        return None
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not softcap > 0:
+        raise ValueError(f'softcap is {softcap!r}; expected "config", None, or a number above 0')
+    return float(softcap)
+
+
+def _row_caches(cache: Any, rows: int | None) -> list[Any]:
+    if not isinstance(cache, (list, tuple)):
+        if cache is not None and rows is not None and rows != 1:
+            raise ValueError(f"one cache can't serve {rows} rows; pass a list, one cache a row")
+        return [cache] * (rows or 1)
+    if rows is None:
+        raise TypeError("cache is a list, but x is a single prompt; pass one cache")
+    if len(cache) != rows:
+        raise ValueError(f"cache has {len(cache)} entries for {rows} rows; pass one a row")
+    given = [id(one) for one in cache if one is not None]
+    if len(set(given)) != len(given):
+        raise ValueError("two rows share one cache; give each its own, such as cache.fork()")
+    return list(cache)
+
+
+class _Row:
+    """One row while it is generated."""
+
+    def __init__(self, prompt: Prompt, options: RowOptions, cache: Any, started: float) -> None:
+        self.prompt = prompt
+        self.options = options
+        self.cache = cache
+        self.started = started
+        self.ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.finish_reason = ""
+        self.timings = Timings(prefill_tokens=len(prompt))
+        self.reader: AnswerReader | None = None
+
+    def read_text(self) -> None:
+        """Makes each token be decoded as it comes; without, only `Output.text` decodes."""
+        stops = self.options.stop_strings
+        self.reader = AnswerReader(self.prompt.tokenizer, self.prompt.ids, stops)
+
+    def take(self, result: Any, seconds: float) -> Piece | None:
+        """Takes what a step did to this row; returns a piece if that was a token."""
+        if self.ids:
+            self.timings.decode_seconds += seconds
+        else:
+            self.timings.prefill_seconds += seconds
+        if result.token < 0:
+            return None
+        if not self.ids:
+            self.timings.time_to_first_token = time.perf_counter() - self.started
+            self.prompt_logprobs += [_logprobs(entry) for entry in result.prompt_logprobs or ()]
+        else:
+            self.timings.decode_tokens += 1
+        self.ids.append(result.token)
+        logprobs = None
+        if self.options.logprobs:
+            logprobs = [_logprobs(result.logprobs)]
+            self.logprobs += logprobs
+        part = self.reader.push(result.token) if self.reader else Part()
+        self.finish_reason = "stop" if part.stopped else result.finish_reason
+        if self.finish_reason and self.reader and not part.stopped:
+            part = self._with_rest(part)
+        return self._piece(part, (result.token,), logprobs)
+
+    def cancel(self) -> Piece:
+        """Ends the row early and returns its last piece."""
+        self.finish_reason = "cancelled"
+        part = self._with_rest(Part()) if self.reader else Part()
+        return self._piece(part, (), None)
+
+    def _with_rest(self, part: Part) -> Part:
+        """Adds the text that was held back, which may complete a stop string."""
+        assert self.reader is not None
+        rest = self.reader.finish()
+        if rest.stopped:
+            self.finish_reason = "stop"
+        return Part(part.text + rest.text, part.reasoning + rest.reasoning)
+
+    def _piece(
+        self, part: Part, ids: tuple[int, ...], logprobs: list[TokenLogprobs] | None
+    ) -> Piece:
+        return Piece(
+            row=0,
+            text=part.text,
+            ids=ids,
+            reasoning=part.reasoning,
+            logprobs=logprobs,
+            finish_reason=self.finish_reason or None,
+        )
+
+    def output(self, cache: Any) -> Output:
+        ids = np.array(self.ids, np.int32)
+        ids.setflags(write=False)
+        return Output(
+            prompt=self.prompt,
+            ids=ids,
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs if self.options.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs if self.options.prompt_logprobs else None,
+            cache=cache,
+            timings=self.timings,
+            seed=self.options.sampling.seed,
+            stop_strings=self.options.stop_strings,
+        )
+
+
+def _logprobs(entry: Any) -> TokenLogprobs:
+    return float(entry.logprob), [(int(token), float(value)) for token, value in entry.top]
+
+
+class Generation:
+    """The rows of one call on one session."""
+
+    def __init__(
+        self,
+        model: GenerationModel,
+        prompts: Sequence[Prompt],
+        options: Sequence[RowOptions],
+        caches: Sequence[Any],
+        softcap: float | None,
+        stream: bool,
+        started: float,
+    ) -> None:
+        self._model = model
+        self._rows = [
+            _Row(*of_row, started) for of_row in zip(prompts, options, caches, strict=True)
+        ]
+        self._session = model.new_session()
+        self._numbers: list[int] = []
+        for row in self._rows:
+            if stream or row.options.stop_strings:
+                row.read_text()
+            self._numbers.append(self._session.submit(self._request(row, softcap)))
+        self._bar = _PrefillBar(sum(len(row.prompt) for row in self._rows))
+
+    def _request(self, row: _Row, softcap: float | None) -> Any:
+        options = row.options
+        request = self._model.new_request()
+        request.ids = row.prompt.ids.tolist()
+        if row.cache is not None:
+            request.cache = self._model.core_cache(row.cache)
+        request.max_new_tokens = options.max_new_tokens
+        sampling = request.sampling
+        sampling.temperature = options.sampling.temperature
+        sampling.top_k = options.sampling.top_k
+        sampling.top_p = options.sampling.top_p
+        sampling.min_p = options.sampling.min_p
+        sampling.repetition_penalty = options.sampling.repetition_penalty
+        sampling.seed = options.sampling.seed
+        sampling.suppress = list(options.sampling.suppress)
+        request.stop_ids = list(options.stop_ids)
+        request.logprobs = options.logprobs or -1
+        request.prompt_logprobs = options.prompt_logprobs or -1
+        request.softcap = softcap
+        return request
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has ended."""
+        return all(row.finish_reason for row in self._rows)
+
+    def step(self) -> list[Piece]:
+        """Runs one pass and returns its pieces, at most one a row."""
+        before = time.perf_counter()
+        results = self._session.step()
+        seconds = time.perf_counter() - before
+        if not results and not self.done:
+            raise RuntimeError("the session has no rows left to step, but not all have ended")
+        pieces = []
+        for result in results:
+            index = self._numbers.index(result.row)
+            row = self._rows[index]
+            piece = row.take(result, seconds)
+            self._bar.show(index, result.prefilled)
+            if piece is not None:
+                pieces.append(_of_row(piece, index))
+            if row.finish_reason == "stop" and not result.finish_reason:
+                self._session.cancel(result.row)
+        if self.done:
+            self._bar.close()
+        return pieces
+
+    def cancel(self) -> list[Piece]:
+        """Ends the rows that still run; their caches keep what was computed."""
+        return self._end(self._session.cancel)
+
+    def abort(self) -> None:
+        """Ends every row and gives the caller's caches their earlier content: the call raises."""
+        for number, row in zip(self._numbers, self._rows, strict=True):
+            if row.cache is not None and row.finish_reason:
+                self._session.rollback(number)
+        self._end(self._session.rollback)
+
+    def _end(self, end_row: Callable[[int], None]) -> list[Piece]:
+        pieces = []
+        for index, row in enumerate(self._rows):
+            if not row.finish_reason:
+                end_row(self._numbers[index])
+                pieces.append(_of_row(row.cancel(), index))
+        self._bar.close()
+        return pieces
+
+    def outputs(self) -> list[Output]:
+        """Returns one output a row."""
+        return [row.output(self._cache(index)) for index, row in enumerate(self._rows)]
+
+    def _cache(self, index: int) -> Any:
+        given = self._rows[index].cache
+        if given is not None:
+            return given
+        return self._model.wrap_cache(self._session.cache(self._numbers[index]))
+
+
+def _of_row(piece: Piece, row: int) -> Piece:
+    return Piece(**{**piece.__dict__, "row": row})
+
+
+class _PrefillBar:
+    """A progress bar while a long prompt is read, on a terminal only."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        self._read: dict[int, int] = {}
+        if total >= _BAR_TOKENS and sys.stderr is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc="reading the prompt", unit="tok", leave=False)
+
+    def show(self, row: int, prefilled: int) -> None:
+        if self._bar is None:
+            return
+        self._bar.update(prefilled - self._read.get(row, 0))
+        self._read[row] = prefilled
+        if self._bar.n >= self._bar.total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
