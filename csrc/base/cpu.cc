@@ -15,7 +15,7 @@
 namespace gemloupe {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kPortable,    Isa::kAvx2,       Isa::kAvx512,
+constexpr Isa kAllIsas[] = {Isa::kPortable,   Isa::kAvx2,       Isa::kAvx512,
                             Isa::kAvx512Vnni, Isa::kAvx512Bf16, Isa::kAmx};
 
 #if defined(__x86_64__)
@@ -72,10 +72,9 @@ StatusOr<Isa> Select() {
                                                    "', which this CPU can't run; choose one of ",
                                                    names, ", or unset it"));
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("GEMLOUPE_ISA is '", wanted,
-                   "', which is no instruction set known here; choose one of ", names,
-                   ", or unset it"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "GEMLOUPE_ISA is '", wanted, "', which is no instruction set known here; choose one of ",
+      names, ", or unset it"));
 }
 
 }  // namespace

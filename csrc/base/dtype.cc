@@ -47,8 +47,8 @@ StatusOr<DType> ParseDType(std::string_view name) {
   for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBfloat16}) {
     if (name == DTypeName(dtype)) return dtype;
   }
-  return absl::InvalidArgumentError(absl::StrCat(
-      "unknown dtype '", std::string(name), "'; expected float32, float16 or bfloat16"));
+  return absl::InvalidArgumentError(absl::StrCat("unknown dtype '", std::string(name),
+                                                 "'; expected float32, float16 or bfloat16"));
 }
 
 uint16_t FloatToBfloat16(float x) {

@@ -47,9 +47,9 @@ StatusOr<std::shared_ptr<const MappedFile>> MappedFile::Open(std::string_view pa
   struct stat info;
   if (fstat(opened.fd, &info) != 0) return ErrnoStatus(errno, file->path_);
   if (!S_ISREG(info.st_mode)) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        file->path_, S_ISDIR(info.st_mode) ? " is a folder" : " is not a regular file",
-        "; expected a file"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(file->path_, S_ISDIR(info.st_mode) ? " is a folder" : " is not a regular file",
+                     "; expected a file"));
   }
   const size_t size = static_cast<size_t>(info.st_size);
   if (size == 0) return std::shared_ptr<const MappedFile>(std::move(file));  // mmap refuses it

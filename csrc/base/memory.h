@@ -46,8 +46,7 @@ class Arena {
   // Gives back, when it ends, everything taken since it began.
   class Scope {
    public:
-    explicit Scope(Arena& arena)
-        : arena_(arena), block_(arena.block_), used_(arena.used_) {}
+    explicit Scope(Arena& arena) : arena_(arena), block_(arena.block_), used_(arena.used_) {}
     ~Scope() {
       arena_.block_ = block_;
       arena_.used_ = used_;

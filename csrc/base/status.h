@@ -16,10 +16,10 @@ using absl::StatusOr;
 }  // namespace gemloupe
 
 // Returns the status of `expr` from the enclosing function unless it is OK.
-#define GL_RETURN_IF_ERROR(expr)                  \
-  do {                                            \
-    ::absl::Status gl_status = (expr);            \
-    if (!gl_status.ok()) return gl_status;        \
+#define GL_RETURN_IF_ERROR(expr)           \
+  do {                                     \
+    ::absl::Status gl_status = (expr);     \
+    if (!gl_status.ok()) return gl_status; \
   } while (false)
 
 #define GL_CONCAT_INNER(a, b) a##b
@@ -34,13 +34,12 @@ using absl::StatusOr;
   lhs = std::move(tmp).value()
 
 // For our own mistakes only: a user's mistake is a Status, never a CHECK.
-#define GL_CHECK(condition)                                                               \
-  do {                                                                                    \
-    if (!(condition)) {                                                                   \
-      std::fprintf(stderr, "gemloupe: %s:%d: check failed: %s\n", __FILE__, __LINE__,     \
-                   #condition);                                                           \
-      std::abort();                                                                       \
-    }                                                                                     \
+#define GL_CHECK(condition)                                                                        \
+  do {                                                                                             \
+    if (!(condition)) {                                                                            \
+      std::fprintf(stderr, "gemloupe: %s:%d: check failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                                \
+    }                                                                                              \
   } while (false)
 
 #endif  // GEMLOUPE_BASE_STATUS_H_

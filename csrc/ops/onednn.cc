@@ -175,15 +175,14 @@ Status Matmul(MatrixView<const T> src, MatrixView<const T> weight, Matrix dst,
   const auto stride = [](const auto& matrix) {
     return matrix.rows == 1 ? matrix.cols : matrix.stride;
   };
-  const MatmulKey key{
-      {dst.rows, dst.cols, src.cols, stride(src), stride(weight), stride(dst)}, dtype};
+  const MatmulKey key{{dst.rows, dst.cols, src.cols, stride(src), stride(weight), stride(dst)},
+                      dtype};
   const OneOpenMpThread one_thread;
   try {
     ThreadContext::Get().Matmul(key, src.data, weight.data, dst.data);
   } catch (const dnnl::error& error) {
-    const std::string message =
-        absl::StrCat("oneDNN matmul of ", dst.rows, " x ", dst.cols, " x ", src.cols, ": ",
-                     error.what());
+    const std::string message = absl::StrCat("oneDNN matmul of ", dst.rows, " x ", dst.cols, " x ",
+                                             src.cols, ": ", error.what());
     switch (error.status) {
       case dnnl_out_of_memory:
         return absl::ResourceExhaustedError(message);
@@ -211,8 +210,8 @@ Status OnednnMatmulBf16(MatrixView<const uint16_t> src, MatrixView<const uint16_
 
 std::string OnednnVersion() {
   const dnnl_version_t* version = dnnl_version();
-  return absl::StrCat(version->major, ".", version->minor, ".", version->patch, " (",
-                      version->hash, ")");
+  return absl::StrCat(version->major, ".", version->minor, ".", version->patch, " (", version->hash,
+                      ")");
 }
 
 }  // namespace gemloupe

@@ -20,7 +20,7 @@ struct Shape {
   int64_t m, n, k;
 };
 
-constexpr Shape kShapes[] = {{1, 1, 1},   {1, 7, 3},     {2, 3, 17},   {9, 33, 65},
+constexpr Shape kShapes[] = {{1, 1, 1},   {1, 7, 3},     {2, 3, 17},    {9, 33, 65},
                              {13, 1, 31}, {64, 48, 100}, {5, 129, 257}, {31, 16, 512}};
 
 std::vector<float> RandomValues(int64_t count, uint32_t seed) {
@@ -86,9 +86,8 @@ TEST(Onednn, Bfloat16MatmulIsTheProductWhereTheCpuHasIt) {
     const auto src_bits = round(src_values), weight_bits = round(weight_values);
     std::vector<float> dst_values(static_cast<size_t>(shape.m * shape.n));
     const Matrix dst(dst_values.data(), shape.m, shape.n);
-    const Status status =
-        OnednnMatmulBf16({src_bits.data(), shape.m, shape.k},
-                         {weight_bits.data(), shape.n, shape.k}, dst);
+    const Status status = OnednnMatmulBf16({src_bits.data(), shape.m, shape.k},
+                                           {weight_bits.data(), shape.n, shape.k}, dst);
     if (SelectedIsa().value() < Isa::kAvx512) {
       ASSERT_EQ(status.code(), absl::StatusCode::kUnimplemented) << status.ToString();
       continue;
@@ -140,9 +139,7 @@ TEST(Onednn, CallersOpenMpSettingIsKept) {
   EXPECT_EQ(product, 1.0f);
 }
 
-TEST(Onednn, VersionIsAtLeastTheOneAskedFor) {
-  EXPECT_GE(OnednnVersion().substr(0, 3), "3.2");
-}
+TEST(Onednn, VersionIsAtLeastTheOneAskedFor) { EXPECT_GE(OnednnVersion().substr(0, 3), "3.2"); }
 
 }  // namespace
 }  // namespace gemloupe
