@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +81,14 @@ class Checkpoint:
         for tensor in self.text_tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
         return max(sizes, key=lambda name: sizes[name])
+
+    def text_files(self) -> list[tuple[Path, list[TensorInfo]]]:
+        """Returns the text decoder's tensors by file, named without the prefix, for the engine."""
+        entries: list[list[TensorInfo]] = [[] for _ in self.files]
+        for name in self.text_tensors:
+            number, info = self.tensors[self.prefix + name]
+            entries[number].append(replace(info, name=name))
+        return [(path, infos) for path, infos in zip(self.files, entries, strict=True) if infos]
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, folder: Path | None = None) -> Checkpoint:
