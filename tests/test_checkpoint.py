@@ -61,6 +61,17 @@ def test_every_tensor_of_the_text_decoder_is_found(
     assert len(opened.files) == shards
 
 
+def test_the_engine_gets_tensors_by_file_without_prefix_or_unused_ones(tiny: Callable) -> None:
+    opened = open_checkpoint(tiny("e2b", style="released", shards=3)[1])
+    given = {info.name: info for _, infos in opened.text_files() for info in infos}
+    assert given.keys() == opened.text_tensors.keys()
+    for name, info in given.items():
+        stored = opened.tensors[opened.prefix + name]
+        assert (info.dtype, info.shape, info.begin, info.end) == (
+            "F32", stored.info.shape, stored.info.begin, stored.info.end
+        )  # fmt: skip
+
+
 def test_towers_stay_unread_and_keys_of_sharing_layers_are_ignored(tiny: Callable) -> None:
     path = tiny("e2b", style="released", towers="tiny")[1]
     opened = open_checkpoint(path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gemloupe import inspect, sizes
+from gemloupe import doctor, inspect, sizes
 from gemloupe.inspect import describe, estimate
 from gemloupe.variants import VARIANTS as RELEASED
 from snapshot_texts import assert_is_snapshot
@@ -152,3 +153,39 @@ def test_bytes_per_decoded_token_are_active_weights_and_what_is_attended() -> No
 def test_index_ranges_are_short() -> None:
     assert inspect._ranges([0, 1, 2, 3, 5, 6, 10]) == "0-3, 5-6, 10"
     assert inspect._ranges(range(0, 40, 2)) == "0, 2, 4, …, 38"
+
+
+MACHINE = doctor.Machine(
+    cpu="Some CPU @ 2.80GHz",
+    isa="avx512_vnni",
+    detected_isa="avx512_vnni",
+    features=("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni"),
+    threads=8,
+    cpus=8,
+    memory=48 << 30,
+    bandwidth=23.0,
+    huge_pages="madvise",
+    versions={"gemloupe": "0.1.0", "oneDNN": "3.2.0"},
+)
+
+
+def test_doctor_says_what_fits_and_how_fast() -> None:
+    assert_is_snapshot("inspect", "doctor", doctor.report(MACHINE))
+
+
+def test_doctor_says_what_to_do_on_a_poor_machine() -> None:
+    poor = dataclasses.replace(
+        MACHINE, isa="portable", features=(), threads=2, memory=1 << 30, huge_pages="never"
+    )
+    text = doctor.report(poor)
+    assert "unset GEMLOUPE_ISA" in text
+    assert "Only 2 of 8 CPUs are used" in text
+    assert "Huge pages are off: echo madvise" in text
+    assert "No released model fits: start with a demo model." in text
+    assert "tok/s" not in text.split("decoding")[1]
+
+
+def test_doctor_examines_this_machine() -> None:
+    text = doctor.report()
+    assert "GB/s, measured" in text
+    assert "oneDNN" in text
