@@ -229,6 +229,7 @@ def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Ten
         return mean * (0.6 + 0.8 * torch.rand(shape, generator=generator))
     noise = torch.randn(shape, generator=generator)
     if name.endswith("embed_tokens.weight"):
+        noise[1] = 0  # The end token's logit is 0: random models do not stop by chance.
         return noise * 0.25  # Times sqrt(D): near 1.7, so the layers outweigh the input token.
     if name.endswith("embed_tokens_per_layer.weight"):
         return noise * 0.35  # Times sqrt(P): near 1, like the context part it is added to.
@@ -431,6 +432,11 @@ def _record_layer(prefix: str, layer: nn.Module, input_of: Any, output_of: Any) 
     output_of(layer, prefix + "resid_post")
 
 
+def _expert_hidden(module: nn.Module, expert: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    gate, up = (module.gate_up_proj[expert] @ x).chunk(2)
+    return module.act_fn(gate) * up
+
+
 def _record_experts(prefix: str, layer: nn.Module, values: dict[str, np.ndarray]) -> list[Any]:
     """Hooks the router and the experts, whose tensors are [T, ...] without a batch dimension."""
 
@@ -447,12 +453,16 @@ def _record_experts(prefix: str, layer: nn.Module, values: dict[str, np.ndarray]
         x, experts, _weights_ = inputs
         flat("experts.norm", x)
         flat("experts.out", output)
-        gate_up = torch.einsum("td,tkfd->tkf", x, module.gate_up_proj[experts])
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden = module.act_fn(gate) * up
-        values[prefix + "experts.hidden"] = hidden.numpy()
-        each = torch.einsum("tkf,tkdf->tkd", hidden, module.down_proj[experts])
-        values[prefix + "experts.each"] = each.numpy()
+        hidden = [
+            [_expert_hidden(module, e, row) for e in chosen]
+            for row, chosen in zip(x, experts, strict=True)
+        ]
+        values[prefix + "experts.hidden"] = np.stack([[h.numpy() for h in row] for row in hidden])
+        each = [
+            [(module.down_proj[e] @ h).numpy() for e, h in zip(chosen, row, strict=True)]
+            for chosen, row in zip(experts, hidden, strict=True)
+        ]
+        values[prefix + "experts.each"] = np.stack(each)
 
     return [
         layer.router.register_forward_hook(router_hook),
