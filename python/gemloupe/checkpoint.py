@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,14 +82,6 @@ class Checkpoint:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
         return max(sizes, key=lambda name: sizes[name])
 
-    def text_files(self) -> list[tuple[Path, list[TensorInfo]]]:
-        """Returns the text decoder's tensors by file, named without the prefix, for the engine."""
-        entries: list[list[TensorInfo]] = [[] for _ in self.files]
-        for name in self.text_tensors:
-            number, info = self.tensors[self.prefix + name]
-            entries[number].append(replace(info, name=name))
-        return [(path, infos) for path, infos in zip(self.files, entries, strict=True) if infos]
-
 
 def open_checkpoint(source: str | os.PathLike[str], *, folder: Path | None = None) -> Checkpoint:
     """Reads the checkpoint that `source` names: a folder, a hub id, or "demo:edge".
@@ -155,6 +147,8 @@ def _demo_folder(text: str) -> Path:
 
 def _is_path_like(text: str) -> bool:
     """True where "a/b" rather means a folder: folder "a" exists, or it ends like a file's name."""
+    if hub.released(text) is not None:
+        return False
     return Path(text).parent.is_dir() or text.lower().endswith(_SUFFIXES)
 
 
@@ -174,6 +168,8 @@ def _no_such_folder(text: str, path: Path) -> FileNotFoundError:
             "Check the path, or give a hub id of the form 'owner/name', such as "
             "'google/gemma-4-E2B-it'."
         )
+    if hub.is_id(text) and parent.is_dir():
+        advice += f" For a model of the hub, run where no folder {quoted(str(parent))} is."
     return FileNotFoundError(f"{text}: no such folder; expected a checkpoint. {advice}")
 
 

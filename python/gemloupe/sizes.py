@@ -176,6 +176,8 @@ def estimate(
     name, subject = find(source)
     config = subject if isinstance(subject, ModelConfig) else subject.config
     stored = subject.dtype if isinstance(subject, Checkpoint) else config.dtype or "bfloat16"
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if dtype == "float32" else "float16"  # As `load` does.
     if dtype == "auto":
         dtype = stored
     choices = ("auto", *WEIGHT_BITS, stored)
@@ -184,8 +186,6 @@ def estimate(
             f"dtype is {quoted(dtype)}; expected {one_of(list(dict.fromkeys(choices)))}. "
             "Give one of these."
         )
-    if kv_dtype == "auto":
-        kv_dtype = "float32" if dtype == "float32" else "float16"
     if kv_dtype not in KV_BYTES:
         raise ValueError(
             f"kv_dtype is {quoted(kv_dtype)}; expected {one_of(['auto', *KV_BYTES])}. "
