@@ -61,17 +61,6 @@ def test_every_tensor_of_the_text_decoder_is_found(
     assert len(opened.files) == shards
 
 
-def test_the_engine_gets_tensors_by_file_without_prefix_or_unused_ones(tiny: Callable) -> None:
-    opened = open_checkpoint(tiny("e2b", style="released", shards=3)[1])
-    given = {info.name: info for _, infos in opened.text_files() for info in infos}
-    assert given.keys() == opened.text_tensors.keys()
-    for name, info in given.items():
-        stored = opened.tensors[opened.prefix + name]
-        assert (info.dtype, info.shape, info.begin, info.end) == (
-            "F32", stored.info.shape, stored.info.begin, stored.info.end
-        )  # fmt: skip
-
-
 def test_towers_stay_unread_and_keys_of_sharing_layers_are_ignored(tiny: Callable) -> None:
     path = tiny("e2b", style="released", towers="tiny")[1]
     opened = open_checkpoint(path)
@@ -143,6 +132,15 @@ def test_a_hub_id_is_downloaded_config_first(folder: Path, monkeypatch: pytest.M
     assert calls[0] == ("someone/some-model", ["config.json"])
     assert "*.safetensors" in calls[1][1]
     assert not any(pattern.endswith((".bin", ".py")) for pattern in calls[1][1])
+
+
+def test_a_folder_does_not_hide_a_released_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "google" / "gemma-4-E4B-it").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert checkpoint.resolve("google/gemma-4-E2B-it") == tmp_path
 
 
 def test_a_model_of_another_family_is_refused_before_its_weights_are_downloaded(

@@ -75,12 +75,14 @@ def test_hub_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_misspelt_folder(tmp_path: Path) -> None:
     for name in ("gemma-4-e2b", "gemma-4-e4b", "notes"):
         (tmp_path / "here" / name).mkdir()
+    (tmp_path / "here" / "models" / "edge").mkdir(parents=True)
     for name, source in {
         "misspelt folder": "./gema-4-e2b",
         "misspelt bare name": "gemma-4-2b",
         "misspelt absolute folder": str(tmp_path / "here" / "gemma4-e4b"),
         "no parent folder": str(tmp_path / "nowhere" / "model"),
         "nothing alike": "my-model",
+        "a hub id that a folder hides": "models/edgy",
     }.items():
         with pytest.raises(FileNotFoundError) as error:
             open_checkpoint(source)

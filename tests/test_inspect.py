@@ -135,7 +135,8 @@ def test_float32_reads_bfloat16_files_as_they_are_with_a_float32_cache() -> None
 def test_a_float32_checkpoint_is_mapped_or_rounded(tiny: Callable) -> None:
     folder = tiny("31b")[1]
     as_stored, rounded = estimate(folder, context=64), estimate(folder, "bfloat16", context=64)
-    assert as_stored.dtype == "float32"
+    assert (as_stored.dtype, as_stored.kv_dtype) == ("float32", "float16")
+    assert estimate(folder, "float32", context=64).kv_dtype == "float32"
     report = describe(folder)
     stored = report.checkpoint.text_tensors.values()
     assert as_stored.weights == sum(tensor.end - tensor.begin for tensor in stored)
