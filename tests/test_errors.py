@@ -81,7 +81,7 @@ def test_misspelt_folder(tmp_path: Path) -> None:
         "misspelt bare name": "gemma-4-2b",
         "misspelt absolute folder": str(tmp_path / "here" / "gemma4-e4b"),
         "no parent folder": str(tmp_path / "nowhere" / "model"),
-        "nothing alike": "my-model",
+        "nothing alike": "zebra",
         "a hub id that a folder hides": "models/edgy",
     }.items():
         with pytest.raises(FileNotFoundError) as error:
