@@ -7,8 +7,11 @@
 namespace gemloupe::GEMLOUPE_KERNEL_ISA {
 namespace {
 
-// Values j … j + 15 stay in the first-level cache while all columns pass over them.
-constexpr int64_t kBlockValues = 16;
+// Values j … j + 31 stay in the cache while all columns pass over them and the next are fetched.
+constexpr int64_t kBlockValues = 32;
+// The fetched values are walked as four streams: one alone does not saturate the memory.
+constexpr int64_t kStreams = 4;
+constexpr int kLineBytes = 64;
 
 // Vectors of columns whose sums are kept in registers, for kRows rows.
 template <int kRows>
@@ -26,12 +29,15 @@ GEMLOUPE_INLINE void Block(float* dst, int64_t dst_stride, const float* coef, in
     for (int v = 0; v < kVecs; ++v) sum[r][v] = Load(dst + r * dst_stride + v * kWidth);
   }
   for (int64_t j = 0; j < count; ++j) {
+    const int64_t ahead = kBlockValues + j % kStreams * (kBlockValues / kStreams) + j / kStreams;
     Vec x[kVecs];
     GEMLOUPE_UNROLL
     for (int v = 0; v < kVecs; ++v) {
-      const char* p = value + j * value_bytes + v * kWidth * Element::kBytes;
-      _mm_prefetch(p + kBlockValues * value_bytes, _MM_HINT_T0);
-      x[v] = Element::Load(p);
+      const int column = v * kWidth * Element::kBytes;
+      if (column % kLineBytes == 0) {
+        _mm_prefetch(value + ahead * value_bytes + column, _MM_HINT_T0);
+      }
+      x[v] = InRegister(Element::Load(value + j * value_bytes + column));
     }
     GEMLOUPE_UNROLL
     for (int r = 0; r < kRows; ++r) {

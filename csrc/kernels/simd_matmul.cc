@@ -14,7 +14,7 @@ constexpr int64_t kAheadBytes = 1024;
 // The weight rows are read as kStreams streams, far apart: stream o begins at row o · n / kStreams.
 // One stream alone does not saturate the memory.
 template <int kRows>
-constexpr int kStreams = kRegisters == 32 ? (kRows <= 3 ? 8 : kRows <= 6 ? 4 : 3)
+constexpr int kStreams = kRegisters == 32 ? (kRows <= 2 ? 8 : kRows <= 6 ? 4 : 3)
                                           : (kRows == 1 ? 8 : kRows <= 3 ? 4 : 2);
 // Rows of src whose sums fit in the registers beside those of the other streams.
 constexpr int kMaxBlockRows = kRegisters == 32 ? 8 : 4;
@@ -67,6 +67,25 @@ GEMLOUPE_INLINE void StepTail(Sums<kRows, kOutputs>& sums, const Operands& x, in
   }
 }
 
+template <int kRows, int kOutputs>
+GEMLOUPE_INLINE void StoreSums(const Sums<kRows, kOutputs>& sums, const Operands& x) {
+  constexpr int kCount = kRows * kOutputs;
+  const auto sum = [&](int i) { return sums.sum[i / kRows][i % kRows]; };
+  const auto dst = [&](int i) -> float& {
+    return x.dst[i % kRows * x.dst_stride + i / kRows * x.dst_stream];
+  };
+  GEMLOUPE_UNROLL
+  for (int i = 0; i + 4 <= kCount; i += 4) {
+    const FourSums four = SumFour(sum(i), sum(i + 1), sum(i + 2), sum(i + 3));
+    dst(i) = four.a;
+    dst(i + 1) = four.b;
+    dst(i + 2) = four.c;
+    dst(i + 3) = four.d;
+  }
+  GEMLOUPE_UNROLL
+  for (int i = kCount / 4 * 4; i < kCount; ++i) dst(i) = Sum(sum(i));
+}
+
 template <class Element, int kRows, int kOutputs>
 GEMLOUPE_INLINE void Block(const Operands& x) {
   Sums<kRows, kOutputs> sums;
@@ -86,13 +105,7 @@ GEMLOUPE_INLINE void Block(const Operands& x) {
   }
   for (; i + kWidth <= x.k; i += kWidth) Step<Element>(sums, x, i);
   if (i < x.k) StepTail<Element>(sums, x, i);
-  GEMLOUPE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    GEMLOUPE_UNROLL
-    for (int o = 0; o < kOutputs; ++o) {
-      x.dst[r * x.dst_stride + o * x.dst_stream] = Sum(sums.sum[o][r]);
-    }
-  }
+  StoreSums(sums, x);
 }
 
 // As Block; more rows than the registers hold are done in two passes over the cached weights.

@@ -64,6 +64,21 @@ GEMLOUPE_INLINE __m256 HighHalf(Vec x) { return _mm512_extractf32x8_ps(x, 1); }
 GEMLOUPE_INLINE __m256 FoldSum(Vec x) { return _mm256_add_ps(LowHalf(x), HighHalf(x)); }
 GEMLOUPE_INLINE __m256 FoldMax(Vec x) { return _mm256_max_ps(LowHalf(x), HighHalf(x)); }
 
+// Sum(a) … Sum(d), bit for bit, in half as many instructions.
+struct FourSums {
+  float a, b, c, d;
+};
+GEMLOUPE_INLINE FourSums SumFour(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = Add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const Vec cd = Add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  const Vec four = Add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const Vec two = Add(four, _mm512_permute_ps(four, 0x4e));
+  const Vec one = Add(two, _mm512_movehdup_ps(two));
+  return {_mm512_cvtss_f32(one), _mm_cvtss_f32(_mm512_extractf32x4_ps(one, 1)),
+          _mm_cvtss_f32(_mm512_extractf32x4_ps(one, 2)),
+          _mm_cvtss_f32(_mm512_extractf32x4_ps(one, 3))};
+}
+
 struct Bfloat16 {
   static constexpr int kBytes = 2;
   static GEMLOUPE_INLINE Vec Widen(__m256i bits) {
@@ -165,6 +180,21 @@ GEMLOUPE_INLINE Vec ScaleByPowerOfTwo(Vec x, Vec n) {
 // Halves are added (or compared) 8 → 4 → 2 → 1.
 GEMLOUPE_INLINE __m256 FoldSum(Vec x) { return x; }
 GEMLOUPE_INLINE __m256 FoldMax(Vec x) { return x; }
+
+// Sum(a) … Sum(d), bit for bit, in half as many instructions.
+struct FourSums {
+  float a, b, c, d;
+};
+GEMLOUPE_INLINE FourSums SumFour(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = Add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  const Vec cd = Add(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+  const Vec two = Add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const Vec one = Add(two, _mm256_movehdup_ps(two));  // a . c . b . d .
+  const __m128 ac = _mm256_castps256_ps128(one);
+  const __m128 bd = _mm256_extractf128_ps(one, 1);
+  return {_mm_cvtss_f32(ac), _mm_cvtss_f32(bd), _mm_cvtss_f32(_mm_movehl_ps(ac, ac)),
+          _mm_cvtss_f32(_mm_movehl_ps(bd, bd))};
+}
 
 // AVX2 has no masked 16-bit loads and stores.
 GEMLOUPE_INLINE __m128i LoadBitsTail(const char* p, Tail tail) {

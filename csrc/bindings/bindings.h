@@ -1,0 +1,48 @@
+#ifndef GEMLOUPE_BINDINGS_BINDINGS_H_
+#define GEMLOUPE_BINDINGS_BINDINGS_H_
+
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "base/status.h"
+
+namespace gemloupe {
+
+// Raises the Python exception of a failed status.
+void ThrowIfError(const Status& status);
+
+template <typename T>
+T ValueOrThrow(StatusOr<T> value) {
+  ThrowIfError(value.status());
+  return std::move(value).value();
+}
+
+// A read-only array that owns `values`; nothing is copied.
+pybind11::array_t<float> ToArray(std::vector<float> values, std::vector<pybind11::ssize_t> shape);
+
+// True, with the Python error set, once a signal's handler has raised (Ctrl-C). Call without the GIL,
+// as often as convenient: it looks every 50 ms.
+class SignalCheck {
+ public:
+  bool operator()();
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+void BindConfig(pybind11::module_& module);
+void BindKvCache(pybind11::module_& module);
+void BindTextModel(pybind11::module_& module);
+void BindSession(pybind11::module_& module);
+void BindSystem(pybind11::module_& module);
+
+}  // namespace gemloupe
+
+#endif  // GEMLOUPE_BINDINGS_BINDINGS_H_

@@ -1,0 +1,71 @@
+#include "runtime/session.h"
+
+#include "bindings/bindings.h"
+
+namespace py = pybind11;
+
+namespace gemloupe {
+
+void BindSession(py::module_& module) {
+  py::class_<SamplingOptions>(module, "SamplingOptions")
+      .def(py::init<>())
+      .def_readwrite("temperature", &SamplingOptions::temperature)
+      .def_readwrite("top_k", &SamplingOptions::top_k)
+      .def_readwrite("top_p", &SamplingOptions::top_p)
+      .def_readwrite("min_p", &SamplingOptions::min_p)
+      .def_readwrite("repetition_penalty", &SamplingOptions::repetition_penalty)
+      .def_readwrite("seed", &SamplingOptions::seed)
+      .def_readwrite("suppress", &SamplingOptions::suppress);
+
+  py::class_<RowRequest>(module, "RowRequest", "One sequence to be continued.")
+      .def(py::init<>())
+      .def_readwrite("ids", &RowRequest::ids)
+      .def_readwrite("cache", &RowRequest::cache)
+      .def_readwrite("max_new_tokens", &RowRequest::max_new_tokens)
+      .def_readwrite("sampling", &RowRequest::sampling)
+      .def_readwrite("stop_ids", &RowRequest::stop_ids)
+      .def_readwrite("logprobs", &RowRequest::logprobs, "Alternatives to report; -1 for none at all.")
+      .def_readwrite("prompt_logprobs", &RowRequest::prompt_logprobs)
+      .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.");
+
+  py::class_<TokenLogprobs>(module, "TokenLogprobs")
+      .def_readonly("logprob", &TokenLogprobs::logprob)
+      .def_readonly("top", &TokenLogprobs::top, "[(id, logprob)], descending.");
+
+  py::class_<StepResult>(module, "StepResult", "What one step did to one row.")
+      .def_readonly("row", &StepResult::row)
+      .def_readonly("token", &StepResult::token, "-1: a chunk of the prompt was read.")
+      .def_readonly("prefilled", &StepResult::prefilled)
+      .def_readonly("finish_reason", &StepResult::finish_reason, "\"\", \"stop\" or \"length\".")
+      .def_readonly("logprobs", &StepResult::logprobs)
+      .def_readonly("prompt_logprobs", &StepResult::prompt_logprobs);
+
+  py::class_<Session>(module, "Session", "Generates for many rows at once.")
+      .def(py::init<std::shared_ptr<TextModel>, int64_t>(), py::arg("model"),
+           py::arg("chunk") = kDefaultChunk)
+      .def("submit",
+           [](Session& session, const RowRequest& request) {
+             return ValueOrThrow(session.Submit(request));
+           },
+           py::arg("request"), "Adds a row and returns its number.")
+      .def("step",
+           [](Session& session) {
+             SignalCheck stopped;
+             StatusOr<std::vector<StepResult>> results = [&] {
+               const py::gil_scoped_release no_gil;
+               return session.Step([&] { return stopped(); });
+             }();
+             return ValueOrThrow(std::move(results));
+           },
+           "Runs one pass: a chunk of a prompt, or one token of each row.")
+      .def("cancel", [](Session& session, int row) { ThrowIfError(session.Cancel(row)); },
+           py::arg("row"))
+      .def("rollback", [](Session& session, int row) { ThrowIfError(session.Rollback(row)); },
+           py::arg("row"), "Ends a row and gives its cache the content it was submitted with.")
+      .def("cache",
+           [](const Session& session, int row) { return ValueOrThrow(session.Cache(row)); },
+           py::arg("row"))
+      .def_property_readonly("active", &Session::active, "Rows that are not finished.");
+}
+
+}  // namespace gemloupe

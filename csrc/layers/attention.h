@@ -1,0 +1,44 @@
+#ifndef GEMLOUPE_LAYERS_ATTENTION_H_
+#define GEMLOUPE_LAYERS_ATTENTION_H_
+
+#include <vector>
+
+#include "base/status.h"
+#include "layers/layer_spec.h"
+#include "layers/norm.h"
+#include "layers/pass_context.h"
+
+namespace gemloupe {
+
+struct AttentionWeights {
+  TensorView q_proj;           // [N · H, D]
+  TensorView k_proj;           // [K · H, D]; empty in a sharing layer
+  TensorView v_proj;           // [K · H, D]; empty where values are keys, and in a sharing layer
+  TensorView o_proj;           // [D, N · H]
+  std::vector<float> q_norm;   // [H]
+  std::vector<float> k_norm;   // [H]; empty in a sharing layer
+};
+
+// Grouped-query attention with q/k/v norms, RoPE and scaling 1, reading and writing the KV cache.
+class AttentionLayer {
+ public:
+  AttentionLayer(const LayerSpec& spec, AttentionWeights weights, float eps);
+
+  // out [T, D] = o_proj(z) for x [T, D], the output of the layer's input norm.
+  Status Forward(ConstMatrix x, const PassContext& ctx, Matrix out) const;
+
+ private:
+  Status Project(ConstMatrix x, const PassContext& ctx, Matrix q, Matrix k, Matrix v) const;
+  void StoreKeysAndValues(Matrix k, Matrix v, const PassContext& ctx) const;
+  void Attend(ConstMatrix q, const PassContext& ctx, Matrix z) const;
+
+  LayerSpec spec_;
+  AttentionWeights weights_;
+  Norm q_norm_;
+  Norm k_norm_;
+  float eps_;
+};
+
+}  // namespace gemloupe
+
+#endif  // GEMLOUPE_LAYERS_ATTENTION_H_

@@ -1,0 +1,24 @@
+#include "layers/per_layer_input.h"
+
+#include "ops/linear.h"
+#include "ops/rows.h"
+
+namespace gemloupe {
+
+Status PerLayerInput::Forward(ConstMatrix resid, ConstMatrix input, const PassContext& ctx,
+                              Matrix out) const {
+  const Arena::Scope scope(*ctx.arena);
+  ctx.Visit(HookPoint::kPerLayerIn, input);
+  const Matrix gate = ctx.arena->NewMatrix(resid.rows, weights_.gate.shape[0]);
+  GL_RETURN_IF_ERROR(Linear(resid, {{&weights_.gate, gate}}, ctx.path));
+  ctx.Visit(HookPoint::kPerLayerGate, gate);
+  GeluMul(gate, input, gate);
+  ctx.Visit(HookPoint::kPerLayerHidden, gate);
+  GL_RETURN_IF_ERROR(Linear(gate, {{&weights_.projection, out}}, ctx.path));
+  ctx.Visit(HookPoint::kPerLayerOut, out);
+  post_norm_.Forward(out, out);
+  ctx.Visit(HookPoint::kPerLayerPost, out);
+  return absl::OkStatus();
+}
+
+}  // namespace gemloupe

@@ -1,0 +1,180 @@
+#include "models/decoder_layer.h"
+
+#include <utility>
+
+#include "models/weight_names.h"
+#include "ops/rows.h"
+
+namespace gemloupe {
+namespace {
+
+// Reads the tensors of one layer in the storage that the model was asked for.
+class LayerReader {
+ public:
+  LayerReader(int index, bool round_to_bfloat16, WeightStore& weights)
+      : index_(index), round_(round_to_bfloat16), weights_(weights) {}
+
+  StatusOr<TensorView> Matrix(const char* name, const std::vector<int64_t>& shape) {
+    const std::string full = names::OfLayer(index_, name);
+    return round_ ? weights_.TakeBfloat16(full, shape) : weights_.Take(full, shape);
+  }
+  StatusOr<std::vector<float>> Vector(const char* name, int64_t size) {
+    return weights_.TakeFloats(names::OfLayer(index_, name), size);
+  }
+  StatusOr<Norm> ReadNorm(const char* name, int64_t size, float eps) {
+    GL_ASSIGN_OR_RETURN(std::vector<float> weight, Vector(name, size));
+    return Norm(std::move(weight), eps);
+  }
+
+ private:
+  int index_;
+  bool round_;
+  WeightStore& weights_;
+};
+
+StatusOr<AttentionWeights> ReadAttention(const TextConfig& config, const LayerSpec& spec,
+                                         LayerReader& reader) {
+  const int64_t hidden = config.hidden_size;
+  const int64_t q_rows = spec.num_heads * spec.head_dim;
+  const int64_t kv_rows = spec.num_kv_heads * spec.head_dim;
+  AttentionWeights weights;
+  GL_ASSIGN_OR_RETURN(weights.q_proj, reader.Matrix(names::kQProj, {q_rows, hidden}));
+  GL_ASSIGN_OR_RETURN(weights.o_proj, reader.Matrix(names::kOProj, {hidden, q_rows}));
+  GL_ASSIGN_OR_RETURN(weights.q_norm, reader.Vector(names::kQNorm, spec.head_dim));
+  if (spec.shares_kv) return weights;
+  GL_ASSIGN_OR_RETURN(weights.k_proj, reader.Matrix(names::kKProj, {kv_rows, hidden}));
+  GL_ASSIGN_OR_RETURN(weights.k_norm, reader.Vector(names::kKNorm, spec.head_dim));
+  if (!spec.values_are_keys) {
+    GL_ASSIGN_OR_RETURN(weights.v_proj, reader.Matrix(names::kVProj, {kv_rows, hidden}));
+  }
+  return weights;
+}
+
+StatusOr<MlpWeights> ReadMlp(int64_t hidden, int64_t width, LayerReader& reader) {
+  MlpWeights weights;
+  GL_ASSIGN_OR_RETURN(weights.gate_proj, reader.Matrix(names::kGateProj, {width, hidden}));
+  GL_ASSIGN_OR_RETURN(weights.up_proj, reader.Matrix(names::kUpProj, {width, hidden}));
+  GL_ASSIGN_OR_RETURN(weights.down_proj, reader.Matrix(names::kDownProj, {hidden, width}));
+  return weights;
+}
+
+}  // namespace
+
+StatusOr<DecoderLayer> DecoderLayer::Load(const TextConfig& config, const LayerSpec& spec,
+                                          int index, bool round_to_bfloat16,
+                                          WeightStore& weights) {
+  LayerReader reader(index, round_to_bfloat16, weights);
+  const auto eps = static_cast<float>(config.rms_norm_eps);
+  const int64_t hidden = config.hidden_size;
+  DecoderLayer layer;
+  GL_ASSIGN_OR_RETURN(layer.input_norm_, reader.ReadNorm(names::kInputNorm, hidden, eps));
+  GL_ASSIGN_OR_RETURN(layer.post_attention_norm_,
+                      reader.ReadNorm(names::kPostAttentionNorm, hidden, eps));
+  GL_ASSIGN_OR_RETURN(layer.pre_feedforward_norm_,
+                      reader.ReadNorm(names::kPreFeedforwardNorm, hidden, eps));
+  GL_ASSIGN_OR_RETURN(layer.post_feedforward_norm_,
+                      reader.ReadNorm(names::kPostFeedforwardNorm, hidden, eps));
+  GL_ASSIGN_OR_RETURN(const std::vector<float> layer_scalar, reader.Vector(names::kLayerScalar, 1));
+  layer.layer_scalar_ = layer_scalar[0];
+  GL_ASSIGN_OR_RETURN(AttentionWeights attention, ReadAttention(config, spec, reader));
+  layer.attention_.emplace(spec, std::move(attention), eps);
+  GL_ASSIGN_OR_RETURN(MlpWeights mlp, ReadMlp(hidden, spec.intermediate_size, reader));
+  layer.mlp_.emplace(std::move(mlp));
+  if (spec.has_experts) {
+    const int64_t experts = config.num_experts;
+    const int64_t width = config.moe_intermediate_size;
+    RouterWeights router;
+    GL_ASSIGN_OR_RETURN(router.proj, reader.Matrix(names::kRouterProj, {experts, hidden}));
+    GL_ASSIGN_OR_RETURN(router.scale, reader.Vector(names::kRouterScale, hidden));
+    GL_ASSIGN_OR_RETURN(router.per_expert_scale,
+                        reader.Vector(names::kRouterPerExpertScale, experts));
+    layer.router_.emplace(std::move(router), config.top_k_experts, eps);
+    ExpertsWeights expert_weights;
+    GL_ASSIGN_OR_RETURN(expert_weights.gate_up_proj,
+                        reader.Matrix(names::kExpertsGateUpProj, {experts, 2 * width, hidden}));
+    GL_ASSIGN_OR_RETURN(expert_weights.down_proj,
+                        reader.Matrix(names::kExpertsDownProj, {experts, hidden, width}));
+    layer.experts_.emplace(std::move(expert_weights));
+    GL_ASSIGN_OR_RETURN(layer.post_mlp_norm_, reader.ReadNorm(names::kPostMlpNorm, hidden, eps));
+    GL_ASSIGN_OR_RETURN(layer.pre_experts_norm_,
+                        reader.ReadNorm(names::kPreExpertsNorm, hidden, eps));
+    GL_ASSIGN_OR_RETURN(layer.post_experts_norm_,
+                        reader.ReadNorm(names::kPostExpertsNorm, hidden, eps));
+  }
+  if (config.hidden_size_per_layer_input > 0) {
+    const int64_t width = config.hidden_size_per_layer_input;
+    PerLayerInputWeights input;
+    GL_ASSIGN_OR_RETURN(input.gate, reader.Matrix(names::kPerLayerInputGate, {width, hidden}));
+    GL_ASSIGN_OR_RETURN(input.projection,
+                        reader.Matrix(names::kPerLayerProjection, {hidden, width}));
+    GL_ASSIGN_OR_RETURN(input.post_norm, reader.Vector(names::kPostPerLayerInputNorm, hidden));
+    layer.per_layer_input_.emplace(std::move(input), eps);
+  }
+  return layer;
+}
+
+Status DecoderLayer::Forward(Matrix resid, ConstMatrix per_layer_input,
+                             const PassContext& ctx) const {
+  ctx.Visit(HookPoint::kResidPre, resid);
+  GL_RETURN_IF_ERROR(Attend(resid, ctx));
+  ctx.Visit(HookPoint::kResidMid, resid);
+  GL_RETURN_IF_ERROR(FeedForward(resid, ctx));
+  ctx.Visit(HookPoint::kResidFfn, resid);
+  if (per_layer_input_.has_value()) {
+    const Arena::Scope scope(*ctx.arena);
+    const Matrix added = ctx.arena->NewMatrix(resid.rows, resid.cols);
+    GL_RETURN_IF_ERROR(per_layer_input_->Forward(resid, per_layer_input, ctx, added));
+    Add(resid, added, resid);
+  }
+  ctx.Visit(HookPoint::kResidUnscaled, resid);
+  Scale(resid, layer_scalar_, resid);
+  ctx.Visit(HookPoint::kResidPost, resid);
+  return absl::OkStatus();
+}
+
+Status DecoderLayer::Attend(Matrix resid, const PassContext& ctx) const {
+  const Arena::Scope scope(*ctx.arena);
+  const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);
+  const Matrix out = ctx.arena->NewMatrix(resid.rows, resid.cols);
+  input_norm_.Forward(resid, x);
+  ctx.Visit(HookPoint::kAttnNorm, x);
+  GL_RETURN_IF_ERROR(attention_->Forward(x, ctx, out));
+  post_attention_norm_.Forward(out, out);
+  ctx.Visit(HookPoint::kAttnPost, out);
+  Add(resid, out, resid);
+  return absl::OkStatus();
+}
+
+Status DecoderLayer::FeedForward(Matrix resid, const PassContext& ctx) const {
+  const Arena::Scope scope(*ctx.arena);
+  const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);
+  const Matrix out = ctx.arena->NewMatrix(resid.rows, resid.cols);
+  pre_feedforward_norm_.Forward(resid, x);
+  ctx.Visit(HookPoint::kMlpNorm, x);
+  GL_RETURN_IF_ERROR(mlp_->Forward(x, ctx, out));
+  if (experts_.has_value()) GL_RETURN_IF_ERROR(AddExperts(resid, ctx, out));
+  ctx.Visit(HookPoint::kFfnOut, out);
+  post_feedforward_norm_.Forward(out, out);
+  ctx.Visit(HookPoint::kFfnPost, out);
+  Add(resid, out, resid);
+  return absl::OkStatus();
+}
+
+Status DecoderLayer::AddExperts(ConstMatrix resid, const PassContext& ctx, Matrix dense) const {
+  const Arena::Scope scope(*ctx.arena);
+  const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);
+  const Matrix out = ctx.arena->NewMatrix(resid.rows, resid.cols);
+  post_mlp_norm_.Forward(dense, dense);
+  ctx.Visit(HookPoint::kMlpPost, dense);
+  Routing routing;
+  GL_RETURN_IF_ERROR(router_->Forward(resid, ctx, routing));
+  pre_experts_norm_.Forward(resid, x);
+  ctx.Visit(HookPoint::kExpertsNorm, x);
+  GL_RETURN_IF_ERROR(experts_->Forward(x, routing, ctx, out));
+  post_experts_norm_.Forward(out, out);
+  ctx.Visit(HookPoint::kExpertsPost, out);
+  Add(dense, out, dense);
+  return absl::OkStatus();
+}
+
+}  // namespace gemloupe

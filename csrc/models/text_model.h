@@ -1,0 +1,93 @@
+#ifndef GEMLOUPE_MODELS_TEXT_MODEL_H_
+#define GEMLOUPE_MODELS_TEXT_MODEL_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "base/memory.h"
+#include "base/status.h"
+#include "formats/weight_store.h"
+#include "inspect/captures.h"
+#include "layers/norm.h"
+#include "models/config.h"
+#include "models/decoder_layer.h"
+#include "state/batch.h"
+
+namespace gemloupe {
+
+struct TextModelOptions {
+  // Weights that are stored otherwise are rounded to bfloat16 when they are loaded.
+  bool round_to_bfloat16 = false;
+  // Products of more than kMaxKernelRows rows may round activations to bfloat16 on CPUs that have it.
+  bool bfloat16_matmul = false;
+  // √D and √P, the embeddings' factors, are rounded to bfloat16, as a bfloat16 reference holds them.
+  bool round_embed_scale = false;
+  // Every row's bits are the same whatever the batch, the chunk and the thread count.
+  bool invariant = false;
+  int threads = 0;  // 0: all available CPUs
+  DType kv_dtype = DType::kFloat16;  // of caches that are made without naming one
+};
+
+// Called now and then while a model loads, with the fraction done; false stops it.
+using ProgressFn = std::function<bool(double)>;
+
+// One pass over the model: T tokens of one or several sequences.
+struct PassRequest {
+  Batch batch;
+  std::vector<int64_t> logits_rows;  // rows of the batch whose logits are wanted, ascending
+  Captures* captures = nullptr;
+  bool row_exact = false;         // decode: a row's bits do not depend on its neighbours
+  std::optional<float> softcap;   // instead of the config's; 0 for none
+  std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled
+};
+
+// The text decoder of every Gemma 4.
+class TextModel {
+ public:
+  static StatusOr<std::unique_ptr<TextModel>> Load(const TextConfig& config, WeightStore weights,
+                                                   const TextModelOptions& options,
+                                                   const ProgressFn& progress);
+
+  // Runs the pass and appends its tokens to their caches; logits [logits_rows, V]. On any error the
+  // caches have their previous length. Calls of several threads take turns.
+  Status Forward(const PassRequest& request, std::vector<float>& logits);
+
+  const TextConfig& config() const { return config_; }
+  const TextModelOptions& options() const { return options_; }
+  const WeightStore& weights() const { return weights_; }
+  const std::vector<KvLayerSpec>& kv_layers() const { return kv_layers_; }
+  int threads() const;
+
+ private:
+  TextModel() = default;
+  Status RunLayers(const PassRequest& request, PassContext& ctx, std::vector<float>& logits);
+  StatusOr<Matrix> PerLayerInputs(ConstMatrix embed, int begin, int end, PassContext& ctx) const;
+  Status Head(ConstMatrix resid, const std::vector<int64_t>& rows, std::optional<float> softcap,
+              const PassContext& ctx, std::vector<float>& logits) const;
+  void SetBatch(const Batch& batch, PassContext& ctx) const;
+
+  TextConfig config_;
+  TextModelOptions options_;
+  WeightStore weights_;
+  std::vector<KvLayerSpec> kv_layers_;
+  std::vector<std::vector<float>> inv_freqs_;  // one for each RopeSpec
+  int first_sharing_layer_ = 0;
+
+  TensorView embed_tokens_;
+  TensorView embed_tokens_per_layer_;
+  TensorView per_layer_model_projection_;
+  Norm per_layer_projection_norm_;
+  Norm final_norm_;
+  std::vector<DecoderLayer> layers_;
+  float embed_scale_ = 0.0f;
+  float per_layer_scale_ = 0.0f;
+
+  Arena arena_;  // of the running pass
+};
+
+}  // namespace gemloupe
+
+#endif  // GEMLOUPE_MODELS_TEXT_MODEL_H_

@@ -1,0 +1,51 @@
+#ifndef GEMLOUPE_MODELS_WEIGHT_NAMES_H_
+#define GEMLOUPE_MODELS_WEIGHT_NAMES_H_
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+// The names of the text decoder's tensors in a checkpoint, without the prefix of the checkpoint's
+// class ("model.language_model." or "model."). The engine spells them nowhere else.
+namespace gemloupe::names {
+
+inline constexpr char kEmbedTokens[] = "embed_tokens.weight";                            // [V, D]
+inline constexpr char kEmbedTokensPerLayer[] = "embed_tokens_per_layer.weight";          // [V, L·P]
+inline constexpr char kPerLayerModelProjection[] = "per_layer_model_projection.weight";  // [L·P, D]
+inline constexpr char kPerLayerProjectionNorm[] = "per_layer_projection_norm.weight";    // [P]
+inline constexpr char kFinalNorm[] = "norm.weight";                                      // [D]
+
+// Of layer i:
+inline constexpr char kInputNorm[] = "input_layernorm.weight";
+inline constexpr char kPostAttentionNorm[] = "post_attention_layernorm.weight";
+inline constexpr char kPreFeedforwardNorm[] = "pre_feedforward_layernorm.weight";
+inline constexpr char kPostFeedforwardNorm[] = "post_feedforward_layernorm.weight";
+inline constexpr char kLayerScalar[] = "layer_scalar";
+inline constexpr char kQProj[] = "self_attn.q_proj.weight";
+inline constexpr char kKProj[] = "self_attn.k_proj.weight";
+inline constexpr char kVProj[] = "self_attn.v_proj.weight";
+inline constexpr char kOProj[] = "self_attn.o_proj.weight";
+inline constexpr char kQNorm[] = "self_attn.q_norm.weight";
+inline constexpr char kKNorm[] = "self_attn.k_norm.weight";
+inline constexpr char kGateProj[] = "mlp.gate_proj.weight";
+inline constexpr char kUpProj[] = "mlp.up_proj.weight";
+inline constexpr char kDownProj[] = "mlp.down_proj.weight";
+inline constexpr char kPerLayerInputGate[] = "per_layer_input_gate.weight";
+inline constexpr char kPerLayerProjection[] = "per_layer_projection.weight";
+inline constexpr char kPostPerLayerInputNorm[] = "post_per_layer_input_norm.weight";
+inline constexpr char kRouterProj[] = "router.proj.weight";
+inline constexpr char kRouterScale[] = "router.scale";
+inline constexpr char kRouterPerExpertScale[] = "router.per_expert_scale";
+inline constexpr char kExpertsGateUpProj[] = "experts.gate_up_proj";
+inline constexpr char kExpertsDownProj[] = "experts.down_proj";
+inline constexpr char kPostMlpNorm[] = "post_feedforward_layernorm_1.weight";
+inline constexpr char kPreExpertsNorm[] = "pre_feedforward_layernorm_2.weight";
+inline constexpr char kPostExpertsNorm[] = "post_feedforward_layernorm_2.weight";
+
+inline std::string OfLayer(int index, const char* name) {
+  return absl::StrCat("layers.", index, ".", name);
+}
+
+}  // namespace gemloupe::names
+
+#endif  // GEMLOUPE_MODELS_WEIGHT_NAMES_H_

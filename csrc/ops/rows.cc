@@ -1,0 +1,87 @@
+#include "ops/rows.h"
+
+#include <cstring>
+
+#include "base/status.h"
+#include "ops/dispatch.h"
+
+namespace gemloupe {
+namespace {
+
+int64_t RowBytes(ConstMatrix x) { return x.cols * static_cast<int64_t>(sizeof(float)); }
+
+}  // namespace
+
+void RmsNorm(ConstMatrix src, const float* weight, int64_t width, float eps, Matrix dst) {
+  GL_CHECK(src.rows == dst.rows && src.cols == dst.cols && src.cols % width == 0);
+  ForRows(src.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t column = 0; column < src.cols; column += width) {
+        Kernels().rms_norm(dst.row(row) + column, src.row(row) + column, weight, width, eps);
+      }
+    }
+  });
+}
+
+void GeluMul(ConstMatrix gate, ConstMatrix up, Matrix dst) {
+  ForRows(dst.rows, 4 * RowBytes(gate), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().gelu_mul(dst.row(row), gate.row(row), up.row(row), dst.cols);
+    }
+  });
+}
+
+void Add(ConstMatrix a, ConstMatrix b, Matrix dst) {
+  ForRows(dst.rows, RowBytes(a), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().add(dst.row(row), a.row(row), b.row(row), dst.cols);
+    }
+  });
+}
+
+void Scale(ConstMatrix src, float factor, Matrix dst) {
+  ForRows(dst.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().scale(dst.row(row), src.row(row), factor, dst.cols);
+    }
+  });
+}
+
+void Softcap(float cap, Matrix x) {
+  ForRows(x.rows, RowBytes(x), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) Kernels().softcap(x.row(row), cap, x.cols);
+  });
+}
+
+void Softmax(ConstMatrix src, Matrix dst) {
+  ForRows(src.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float max = Kernels().max(src.row(row), src.cols);
+      const float sum = Kernels().exp_sum(dst.row(row), src.row(row), max, src.cols);
+      Kernels().scale(dst.row(row), dst.row(row), 1.0f / sum, src.cols);
+    }
+  });
+}
+
+void CopyRows(ConstMatrix src, Matrix dst) {
+  GL_CHECK(src.rows == dst.rows && src.cols == dst.cols);
+  for (int64_t row = 0; row < src.rows; ++row) {
+    std::memcpy(dst.row(row), src.row(row), static_cast<size_t>(src.cols) * sizeof(float));
+  }
+}
+
+void GatherRows(const TensorView& table, const int32_t* ids, int64_t column, float factor,
+                Matrix dst) {
+  const int64_t width = table.shape[1];
+  ForRows(dst.rows, RowBytes(dst), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      GL_CHECK(ids[row] >= 0 && ids[row] < table.shape[0]);
+      const auto* data = static_cast<const uint8_t*>(table.data) +
+                         static_cast<size_t>(ids[row] * width + column) * DTypeSize(table.dtype);
+      WidenToFloat(dst.row(row), data, table.dtype, dst.cols);
+      Kernels().scale(dst.row(row), dst.row(row), factor, dst.cols);
+    }
+  });
+}
+
+}  // namespace gemloupe

@@ -1,0 +1,102 @@
+#include "runtime/run.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/memory.h"
+
+namespace gemloupe {
+namespace {
+
+std::string Gibibytes(uint64_t bytes) {
+  return absl::StrFormat("%.2f GiB", static_cast<double>(bytes) / (1 << 30));
+}
+
+Status CheckMemory(const std::vector<KvLayerSpec>& layers, const KvCacheOptions& options,
+                   int64_t tokens, int64_t chunk, uint64_t held) {
+  const uint64_t needed = KvCache::BytesNeeded(layers, options, tokens, chunk);
+  const uint64_t available = AvailableMemory();
+  if (needed <= held || needed - held <= available) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "a KV cache of ", tokens, " tokens in ", DTypeName(options.dtype), " needs ",
+      Gibibytes(needed), ", but ", Gibibytes(available),
+      " of memory is available; ask for fewer tokens (max_tokens=), or kv_dtype=\"float16\""));
+}
+
+}  // namespace
+
+Status CheckRoom(const TextModel& model, const KvCache& cache, int64_t count, int64_t chunk) {
+  const int64_t limit = cache.start() + cache.options().max_tokens;
+  if (cache.length() + count > limit) {
+    return absl::OutOfRangeError(absl::StrCat(
+        "the sequence would reach ", cache.length() + count, " positions (", cache.length(),
+        " held and ", count, " new), expected at most ", limit,
+        limit == model.config().max_position_embeddings
+            ? " (max_position_embeddings of this model); shorten the prompt or max_new_tokens"
+            : " (max_tokens of this cache); make a larger cache with new_cache(max_tokens=)"));
+  }
+  const int64_t tokens = cache.length() - cache.start() + count;
+  return CheckMemory(cache.layers(), cache.options(), tokens, chunk, cache.nbytes());
+}
+
+StatusOr<std::shared_ptr<KvCache>> NewCache(const TextModel& model, KvCacheOptions options,
+                                            int64_t chunk) {
+  const int64_t most = model.config().max_position_embeddings;
+  if (options.start < 0 || options.start >= most) {
+    return absl::OutOfRangeError(absl::StrCat("new_cache: start is ", options.start,
+                                              ", expected 0 to ", most - 1,
+                                              " (max_position_embeddings − 1)"));
+  }
+  if (options.max_tokens < 0 || options.max_tokens > most - options.start) {
+    return absl::OutOfRangeError(absl::StrCat(
+        "new_cache: max_tokens is ", options.max_tokens, ", expected 1 to ", most - options.start,
+        " (max_position_embeddings ", most, " minus start ", options.start, ")"));
+  }
+  if (options.max_tokens > 0) {
+    GL_RETURN_IF_ERROR(CheckMemory(model.kv_layers(), options, options.max_tokens, chunk, 0));
+  } else {
+    options.max_tokens = most - options.start;
+  }
+  return std::make_shared<KvCache>(model.kv_layers(), options);
+}
+
+Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logits) {
+  const auto count = static_cast<int64_t>(request.ids.size());
+  KvCache& cache = *request.cache;
+  GL_RETURN_IF_ERROR(CheckRoom(model, cache, count, request.chunk));
+  GL_ASSIGN_OR_RETURN(const KvLease lease, KvLease::Take(request.cache));
+  const bool bidirectional = model.config().bidirectional == "all";
+  // A pass that sees later positions can't be cut.
+  const int64_t chunk = bidirectional ? count : std::max<int64_t>(1, request.chunk);
+  const std::shared_ptr<KvCache> before = cache.Fork();
+  const int64_t vocab = model.config().vocab_size;
+  logits.clear();
+  logits.reserve(static_cast<size_t>((request.logits_end - request.logits_begin) * vocab));
+  std::vector<float> chunk_logits;
+  for (int64_t begin = 0; begin < count; begin += chunk) {
+    const int64_t end = std::min(count, begin + chunk);
+    PassRequest pass;
+    pass.batch.Append(&cache, request.ids.data() + begin, end - begin);
+    for (int64_t row = std::max(begin, request.logits_begin);
+         row < std::min(end, request.logits_end); ++row) {
+      pass.logits_rows.push_back(row - begin);
+    }
+    pass.captures = request.captures;
+    pass.softcap = request.softcap;
+    pass.stopped = request.stopped;
+    if (const Status status = model.Forward(pass, chunk_logits); !status.ok()) {
+      cache.Restore(*before);
+      return status;
+    }
+    if (begin == 0 && end == count) {
+      logits.swap(chunk_logits);
+    } else {
+      logits.insert(logits.end(), chunk_logits.begin(), chunk_logits.end());
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace gemloupe

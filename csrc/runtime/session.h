@@ -1,0 +1,93 @@
+#ifndef GEMLOUPE_RUNTIME_SESSION_H_
+#define GEMLOUPE_RUNTIME_SESSION_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "models/text_model.h"
+#include "runtime/run.h"
+#include "runtime/sampler.h"
+#include "state/kv_cache.h"
+
+namespace gemloupe {
+
+// One sequence to be continued.
+struct RowRequest {
+  std::vector<int32_t> ids;
+  std::shared_ptr<KvCache> cache;
+  int64_t max_new_tokens = 0;
+  SamplingOptions sampling;
+  std::vector<int32_t> stop_ids;
+  int logprobs = -1;         // most likely tokens to report beside each chosen one; −1: no logprobs
+  int prompt_logprobs = -1;  // the same for the prompt's tokens
+  std::optional<float> softcap;
+};
+
+// What one step did to one row.
+struct StepResult {
+  int row = 0;
+  int32_t token = -1;  // −1: a chunk of the prompt was read, no token yet
+  int64_t prefilled = 0;  // tokens of the prompt read so far
+  std::string finish_reason;  // "", "stop" or "length"
+  std::optional<TokenLogprobs> logprobs;
+  // With the first token: one entry a prompt token after the first.
+  std::vector<TokenLogprobs> prompt_logprobs;
+};
+
+// Generates for many rows at once. Every step is one pass: a chunk of one row's prompt, or one token
+// of up to kMaxKernelRows rows. A row gives the same tokens alone and among others.
+class Session {
+ public:
+  Session(std::shared_ptr<TextModel> model, int64_t chunk)
+      : model_(std::move(model)), chunk_(chunk) {}
+
+  // Adds a row and returns its number. OutOfRange or ResourceExhausted if it can't fit,
+  // InvalidArgument for a bad option.
+  StatusOr<int> Submit(RowRequest request);
+  // Runs one pass. `stopped` as in PassRequest. On any error but bad use the rows can go on or be
+  // cancelled; no cache is left half written.
+  StatusOr<std::vector<StepResult>> Step(const std::function<bool()>& stopped);
+  // Ends a row; its cache keeps what was computed. OutOfRange for an unknown row.
+  Status Cancel(int row);
+  // Ends a row and gives its cache the content that it had when the row was submitted.
+  Status Rollback(int row);
+  // Rows that are not finished.
+  int active() const;
+  // The cache of a row, finished or not.
+  StatusOr<std::shared_ptr<KvCache>> Cache(int row) const;
+
+ private:
+  struct Row {
+    explicit Row(RowRequest request_in)
+        : request(std::move(request_in)), sampler(request.sampling) {}
+    RowRequest request;
+    Sampler sampler;
+    std::shared_ptr<KvCache> before;  // a fork of the cache as it was submitted
+    int64_t prefilled = 0;
+    int64_t generated = 0;
+    int32_t last_token = -1;  // chosen, not yet in the cache
+    std::vector<TokenLogprobs> prompt_logprobs;
+    bool done = false;
+  };
+
+  Status CheckRow(int row) const;
+  StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
+  StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
+                                           const std::function<bool()>& stopped);
+  StepResult Choose(int row, float* logits);
+
+  std::shared_ptr<TextModel> model_;
+  int64_t chunk_;
+  std::vector<std::unique_ptr<Row>> rows_;
+  size_t next_decode_ = 0;  // where the next group of decoding rows begins
+  std::vector<float> logits_;
+};
+
+}  // namespace gemloupe
+
+#endif  // GEMLOUPE_RUNTIME_SESSION_H_

@@ -1,0 +1,213 @@
+#include "state/kv_cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "ops/dispatch.h"
+
+namespace gemloupe {
+namespace {
+
+int64_t BlocksSpanning(int64_t begin, int64_t end) {
+  return begin >= end ? 0 : (end - 1) / kKvBlock - begin / kKvBlock + 1;
+}
+
+}  // namespace
+
+KvCache::KvCache(std::vector<KvLayerSpec> layers, const KvCacheOptions& options)
+    : layers_(std::move(layers)), options_(options), storage_(layers_.size()) {
+  for (Layer& layer : storage_) layer.first_block = options_.start / kKvBlock;
+}
+
+uint64_t KvCache::BytesNeeded(const std::vector<KvLayerSpec>& layers, const KvCacheOptions& options,
+                              int64_t tokens, int64_t chunk) {
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i].source != static_cast<int>(i)) continue;
+    int64_t positions = tokens;
+    if (layers[i].window > 0 && !options.full_sliding) {
+      positions = std::min(tokens, layers[i].window - 1 + chunk + kKvBlock);
+    }
+    const int64_t blocks = (positions + kKvBlock - 1) / kKvBlock;
+    bytes += static_cast<uint64_t>(blocks * kKvBlock * layers[i].num_heads * layers[i].head_dim * 2) *
+             DTypeSize(options.dtype);
+  }
+  return bytes;
+}
+
+size_t KvCache::BlockBytes(int layer) const {
+  const KvLayerSpec& spec = layers_[static_cast<size_t>(layer)];
+  return static_cast<size_t>(2 * spec.num_heads * kKvBlock * spec.head_dim) *
+         DTypeSize(options_.dtype);
+}
+
+uint64_t KvCache::layer_nbytes(int layer) const {
+  const Layer& stored = storage_[static_cast<size_t>(layer)];
+  return (stored.blocks.size() + stored.spare.size()) * BlockBytes(layer);
+}
+
+uint64_t KvCache::nbytes() const {
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < layers_.size(); ++i) bytes += layer_nbytes(static_cast<int>(i));
+  return bytes;
+}
+
+void KvCache::Reserve(int64_t count) {
+  const int64_t end = length() + count;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (!IsSource(static_cast<int>(i))) continue;
+    Layer& layer = storage_[i];
+    const int64_t last_block = (end - 1) / kKvBlock;
+    while (layer.first_block + static_cast<int64_t>(layer.blocks.size()) <= last_block) {
+      if (!layer.spare.empty()) {
+        layer.blocks.push_back(std::move(layer.spare.back()));
+        layer.spare.pop_back();
+      } else {
+        layer.blocks.push_back(std::make_shared<AlignedBuffer>(BlockBytes(static_cast<int>(i))));
+      }
+    }
+    // Blocks that this pass will write must not be shared with a fork.
+    for (int64_t block = length() / kKvBlock; block <= last_block; ++block) {
+      std::shared_ptr<AlignedBuffer>& held =
+          layer.blocks[static_cast<size_t>(block - layer.first_block)];
+      if (held.use_count() == 1) continue;
+      auto copy = std::make_shared<AlignedBuffer>(held->size());
+      std::memcpy(copy->data(), held->data(), held->size());
+      held = std::move(copy);
+    }
+  }
+}
+
+void KvCache::Write(int layer, int64_t position, ConstMatrix keys, ConstMatrix values) {
+  GL_CHECK(IsSource(layer));
+  const KvLayerSpec& spec = layers_[static_cast<size_t>(layer)];
+  Layer& stored = storage_[static_cast<size_t>(layer)];
+  const size_t element = DTypeSize(options_.dtype);
+  const int64_t head_bytes = kKvBlock * spec.head_dim * static_cast<int64_t>(element);
+  for (int64_t row = 0; row < keys.rows; ++row) {
+    const int64_t at = position + row;
+    const auto block = static_cast<size_t>(at / kKvBlock - stored.first_block);
+    uint8_t* data = stored.blocks[block]->data() +
+                    at % kKvBlock * spec.head_dim * static_cast<int64_t>(element);
+    for (int64_t head = 0; head < spec.num_heads; ++head) {
+      uint8_t* key = data + head * head_bytes;
+      uint8_t* value = key + spec.num_heads * head_bytes;
+      RoundFromFloat(key, keys.row(row) + head * spec.head_dim, options_.dtype, spec.head_dim);
+      RoundFromFloat(value, values.row(row) + head * spec.head_dim, options_.dtype, spec.head_dim);
+    }
+  }
+}
+
+KvView KvCache::View(int layer) const {
+  const int source = layers_[static_cast<size_t>(layer)].source;
+  const KvLayerSpec& spec = layers_[static_cast<size_t>(source)];
+  const Layer& stored = storage_[static_cast<size_t>(source)];
+  KvView view;
+  view.dtype = options_.dtype;
+  view.num_heads = spec.num_heads;
+  view.head_dim = spec.head_dim;
+  view.first_block = stored.first_block;
+  view.keys.reserve(stored.blocks.size());
+  view.values.reserve(stored.blocks.size());
+  for (const auto& block : stored.blocks) {
+    view.keys.push_back(block->data());
+    view.values.push_back(block->data() + block->size() / 2);
+  }
+  return view;
+}
+
+void KvCache::Advance(const int32_t* ids, int64_t count) {
+  tokens_.insert(tokens_.end(), ids, ids + count);
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (layers_[i].window == 0 || options_.full_sliding) continue;
+    Layer& layer = storage_[i];
+    // The next query, at length(), sees positions from length() − window + 1 on.
+    const int64_t oldest = std::max(options_.start, length() - layers_[i].window + 1);
+    const int64_t leaving = std::min<int64_t>(oldest / kKvBlock - layer.first_block,
+                                              static_cast<int64_t>(layer.blocks.size()));
+    for (int64_t block = 0; block < leaving; ++block) {
+      // One spare block is what decoding reuses; a long prefill's others go back to the system.
+      auto& left = layer.blocks[static_cast<size_t>(block)];
+      if (layer.spare.empty() && left.use_count() == 1) layer.spare.push_back(std::move(left));
+    }
+    if (leaving > 0) {
+      layer.blocks.erase(layer.blocks.begin(), layer.blocks.begin() + leaving);
+      layer.first_block += leaving;
+    }
+  }
+}
+
+Status KvCache::Truncate(int64_t length) {
+  if (length == this->length()) return absl::OkStatus();
+  if (length < options_.start || length > this->length()) {
+    return absl::OutOfRangeError(absl::StrCat("truncate: length is ", length, ", expected ",
+                                              options_.start, " to ", this->length(),
+                                              " (the positions held by this cache)"));
+  }
+  int64_t smallest = options_.start;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (!IsSource(static_cast<int>(i)) || layers_[i].window == 0) continue;
+    const int64_t first = FirstPosition(static_cast<int>(i));
+    if (first > options_.start) smallest = std::max(smallest, first + layers_[i].window - 1);
+  }
+  if (length < smallest) {
+    return absl::OutOfRangeError(absl::StrCat(
+        "truncate: length is ", length, ", but the sliding layers hold the window of positions from ",
+        smallest, " on only; truncate to ", smallest,
+        " or more, or make the cache with sliding=\"full\" to keep every position"));
+  }
+  tokens_.resize(static_cast<size_t>(length - options_.start));
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    Layer& layer = storage_[i];
+    const int64_t keep = BlocksSpanning(layer.first_block * kKvBlock, length);
+    while (static_cast<int64_t>(layer.blocks.size()) > keep) layer.blocks.pop_back();
+  }
+  return absl::OkStatus();
+}
+
+std::shared_ptr<KvCache> KvCache::Fork() const {
+  auto fork = std::make_shared<KvCache>(layers_, options_);
+  fork->Restore(*this);
+  return fork;
+}
+
+void KvCache::Restore(const KvCache& other) {
+  tokens_ = other.tokens_;
+  for (size_t i = 0; i < storage_.size(); ++i) {
+    storage_[i].first_block = other.storage_[i].first_block;
+    storage_[i].blocks = other.storage_[i].blocks;
+    storage_[i].spare.clear();
+  }
+}
+
+int64_t KvCache::FirstPosition(int layer) const {
+  const auto source = static_cast<size_t>(layers_[static_cast<size_t>(layer)].source);
+  return std::max(options_.start, storage_[source].first_block * kKvBlock);
+}
+
+void KvCache::Read(int layer, int64_t begin, int64_t end, float* keys, float* values) const {
+  const KvView view = View(layer);
+  const auto element = static_cast<int64_t>(DTypeSize(view.dtype));
+  for (int64_t at = begin; at < end; ++at) {
+    const auto block = static_cast<size_t>(at / kKvBlock - view.first_block);
+    for (int64_t head = 0; head < view.num_heads; ++head) {
+      const int64_t offset = (head * kKvBlock + at % kKvBlock) * view.head_dim * element;
+      const int64_t dst = ((at - begin) * view.num_heads + head) * view.head_dim;
+      WidenToFloat(keys + dst, static_cast<const uint8_t*>(view.keys[block]) + offset, view.dtype,
+                   view.head_dim);
+      WidenToFloat(values + dst, static_cast<const uint8_t*>(view.values[block]) + offset,
+                   view.dtype, view.head_dim);
+    }
+  }
+}
+
+StatusOr<KvLease> KvLease::Take(std::shared_ptr<KvCache> cache) {
+  if (!cache->TryAcquire()) {
+    return absl::FailedPreconditionError(
+        "this cache is in use by another call; wait for it, or work on cache.fork()");
+  }
+  return KvLease(std::move(cache));
+}
+
+}  // namespace gemloupe

@@ -1,0 +1,115 @@
+#ifndef GEMLOUPE_STATE_KV_CACHE_H_
+#define GEMLOUPE_STATE_KV_CACHE_H_
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/memory.h"
+#include "base/status.h"
+#include "base/tensor.h"
+#include "ops/attention.h"
+
+namespace gemloupe {
+
+// What one layer keeps.
+struct KvLayerSpec {
+  int64_t window = 0;  // positions that a query may see; 0: all of them
+  int64_t num_heads = 0;
+  int64_t head_dim = 0;
+  int source = 0;  // the layer that is read: its own index unless it shares another's entries
+};
+
+struct KvCacheOptions {
+  DType dtype = DType::kFloat16;
+  int64_t max_tokens = 0;     // most tokens to be held; positions stay below start + max_tokens
+  int64_t start = 0;          // position of the first token
+  bool full_sliding = false;  // sliding layers keep every position, not only their window
+};
+
+// Keys (after norm and RoPE) and values of one sequence, by layer. Storage is a run of blocks of
+// kKvBlock positions: full layers append blocks, sliding layers also give back blocks that have left
+// the window (a ring, reused in place), sharing layers have none. Forks share blocks until one writes.
+class KvCache {
+ public:
+  KvCache(std::vector<KvLayerSpec> layers, const KvCacheOptions& options);
+
+  // Bytes that `tokens` tokens need, a pass of up to `chunk` tokens included.
+  static uint64_t BytesNeeded(const std::vector<KvLayerSpec>& layers, const KvCacheOptions& options,
+                              int64_t tokens, int64_t chunk);
+
+  int64_t start() const { return options_.start; }
+  // Position of the next token: start plus the tokens held.
+  int64_t length() const { return options_.start + static_cast<int64_t>(tokens_.size()); }
+  const std::vector<int32_t>& tokens() const { return tokens_; }
+  const KvCacheOptions& options() const { return options_; }
+  const std::vector<KvLayerSpec>& layers() const { return layers_; }
+  uint64_t nbytes() const;
+  uint64_t layer_nbytes(int layer) const;
+
+  // Makes room, in every layer, for positions [length, length + count).
+  void Reserve(int64_t count);
+  // Writes float32 rows [T, K · H] of `layer` at positions [position, position + T), rounded to the
+  // cache's dtype. The room was reserved.
+  void Write(int layer, int64_t position, ConstMatrix keys, ConstMatrix values);
+  // What `layer` reads (its source's blocks), the positions of the running pass included.
+  KvView View(int layer) const;
+  // Ends a pass: `ids` are now part of the sequence; blocks out of every window are given back.
+  void Advance(const int32_t* ids, int64_t count);
+
+  // Drops positions ≥ length. OutOfRange, naming the smallest length possible, where a sliding layer
+  // no longer holds the window before it.
+  Status Truncate(int64_t length);
+  // An independent cache with the same content. Cheap: blocks are copied when one of the two writes.
+  std::shared_ptr<KvCache> Fork() const;
+  // Takes over the content of `other`, a fork of this cache.
+  void Restore(const KvCache& other);
+
+  // Positions that `layer` holds: [first, length).
+  int64_t FirstPosition(int layer) const;
+  // Copies positions [begin, end) of `layer` to float32 [end − begin, K, H].
+  void Read(int layer, int64_t begin, int64_t end, float* keys, float* values) const;
+
+  // Marks the cache as taken by a pass or an edit; false if it is taken already.
+  bool TryAcquire() { return !busy_.exchange(true); }
+  void Release() { busy_.store(false); }
+
+ private:
+  struct Layer {
+    int64_t first_block = 0;  // absolute number of blocks[0]
+    // Keys, then values: [2, K, kKvBlock, H] each.
+    std::vector<std::shared_ptr<AlignedBuffer>> blocks;
+    std::vector<std::shared_ptr<AlignedBuffer>> spare;  // given back, reused before allocating
+  };
+
+  size_t BlockBytes(int layer) const;
+  bool IsSource(int layer) const { return layers_[static_cast<size_t>(layer)].source == layer; }
+
+  std::vector<KvLayerSpec> layers_;
+  KvCacheOptions options_;
+  std::vector<Layer> storage_;
+  std::vector<int32_t> tokens_;
+  std::atomic<bool> busy_{false};
+};
+
+// Holds a cache for the length of a pass.
+class KvLease {
+ public:
+  static StatusOr<KvLease> Take(std::shared_ptr<KvCache> cache);
+  KvLease(KvLease&&) = default;
+  KvLease& operator=(KvLease&&) = delete;
+  ~KvLease() {
+    if (cache_ != nullptr) cache_->Release();
+  }
+  KvCache* get() const { return cache_.get(); }
+
+ private:
+  explicit KvLease(std::shared_ptr<KvCache> cache) : cache_(std::move(cache)) {}
+  std::shared_ptr<KvCache> cache_;
+};
+
+}  // namespace gemloupe
+
+#endif  // GEMLOUPE_STATE_KV_CACHE_H_

@@ -1,0 +1,38 @@
+"""gemloupe runs the Gemma 4 family on CPUs, fast, and lets you see everything inside.
+
+    import gemloupe as gl
+
+    model = gl.load("demo:edge")
+    print(model.chat("What is 27 + 45?"))
+"""
+
+from gemloupe._core import __version__
+from gemloupe.cache import KvCache
+from gemloupe.hooks import HookPoint
+from gemloupe.model import Model, load
+from gemloupe.output import Output
+from gemloupe.prompt import Prompt
+from gemloupe.run import Run
+from gemloupe.stream import Piece, Stream
+
+
+def hook_points(model: Model) -> dict[str, HookPoint]:
+    """Every hook point of a model by name, in model order: what `run(capture=...)` takes."""
+    from gemloupe import hooks
+
+    return hooks.hook_points(model.config.text)
+
+
+__all__ = [
+    "HookPoint",
+    "KvCache",
+    "Model",
+    "Output",
+    "Piece",
+    "Prompt",
+    "Run",
+    "Stream",
+    "__version__",
+    "hook_points",
+    "load",
+]

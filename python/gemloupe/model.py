@@ -1,0 +1,308 @@
+"""The model: a checkpoint's weights in the engine, with its tokenizer and configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gemloupe import _core, generation
+from gemloupe import inspect as _inspect
+from gemloupe import run as _run
+from gemloupe.cache import KvCache
+from gemloupe.checkpoint import Checkpoint, open_checkpoint
+from gemloupe.config import ModelConfig, TextConfig
+from gemloupe.errors import did_you_mean, one_of, quoted
+from gemloupe.output import Output
+from gemloupe.prompt import Prompt, prepare
+from gemloupe.stream import Stream
+from gemloupe.tokenizer import Tokenizer
+
+DTYPES = ("auto", "float32", "bfloat16")
+KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
+# Conversions of more weights than this show a progress bar.
+_BAR_BYTES = 1 << 30
+
+
+def load(
+    source: str | os.PathLike[str],
+    dtype: str = "auto",
+    *,
+    threads: int | None = None,
+    kv_dtype: str = "auto",
+    max_memory: int | None = None,
+    invariant: bool | None = None,
+    embed_scale: str = "auto",
+) -> Model:
+    """Loads a checkpoint: a folder, a hub id, or "demo:edge", "demo:moe", "demo:dense".
+
+    `dtype`: "auto" (as stored), "float32" or "bfloat16". It is the weights'; activations are
+    float32. Files are mapped: only "bfloat16" from another stored type makes a copy ("float32"
+    reads narrower weights exactly as they are stored). On CPUs with bfloat16 products, long
+    prefills of "auto" and "bfloat16" round activations too; "float32" never does.
+    `threads`: None for every CPU that this process may use. `kv_dtype`: "auto" is float32 with
+    dtype "float32", else float16; also "bfloat16". `max_memory`: most bytes that weights may take.
+    `invariant=True` (or GEMLOUPE_INVARIANT=1): a row's bits do not depend on batch, chunk or
+    threads. `embed_scale`: √hidden_size as "float32" or rounded to "bfloat16", as a reference in
+    that dtype holds it; "auto" follows dtype.
+
+    Raises FileNotFoundError, ValueError (naming file, tensor or field, got and expected),
+    ConnectionError (hub out of reach) and MemoryError (with the figures, before allocating).
+    """
+    _check_choice("dtype", dtype, DTYPES)
+    _check_choice("kv_dtype", kv_dtype, KV_DTYPES)
+    _check_choice("embed_scale", embed_scale, ("auto", "float32", "bfloat16"))
+    threads = _check_threads(threads)
+    checkpoint = open_checkpoint(source)
+    options = _core.TextModelOptions()
+    options.round_to_bfloat16 = dtype == "bfloat16"
+    options.bfloat16_matmul = dtype != "float32"
+    options.round_embed_scale = _rounds_scale(dtype, embed_scale, checkpoint)
+    options.invariant = os.environ.get("GEMLOUPE_INVARIANT") == "1" if invariant is None else invariant
+    options.threads = threads
+    if kv_dtype == "auto":
+        kv_dtype = "float32" if dtype == "float32" else "float16"
+    options.kv_dtype = kv_dtype
+    _check_memory(checkpoint, dtype, max_memory)
+    files: dict[int, list[_core.TensorEntry]] = {}
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    for name, tensor in checkpoint.text_tensors.items():
+        files.setdefault(tensor.file, []).append(
+            _core.TensorEntry(
+                name, names[tensor.dtype], list(tensor.shape), tensor.begin, tensor.end
+            )
+        )
+    paths = [(str(checkpoint.files[file]), entries) for file, entries in files.items()]
+    with _LoadBar(checkpoint, dtype) as bar:
+        core = _core.TextModel(core_config(checkpoint.config.text), paths, options, bar.show)
+    return Model(core, checkpoint, dtype, kv_dtype)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ValueError(f"{name} is {value!r}; expected {one_of(choices)}. {hint}".rstrip())
+
+
+def _check_threads(threads: int | None) -> int:
+    if threads is None:
+        return 0
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise ValueError(f"threads is {threads!r}; expected None (all CPUs) or 1 to 1024")
+    return threads
+
+
+def _rounds_scale(dtype: str, embed_scale: str, checkpoint: Checkpoint) -> bool:
+    if embed_scale != "auto":
+        return embed_scale == "bfloat16"
+    stored = checkpoint.dtype if dtype == "auto" else dtype
+    return stored != "float32"
+
+
+def _check_memory(checkpoint: Checkpoint, dtype: str, max_memory: int | None) -> None:
+    """Raises MemoryError where the weights can't be held; mapped ones count too: all are read."""
+    tensors = checkpoint.text_tensors.values()
+    per_layer = checkpoint.text_tensors.get("embed_tokens_per_layer.weight")
+    mapped = sum(t.end - t.begin for t in tensors)
+    if per_layer is not None:  # only rows of it are read
+        mapped -= per_layer.end - per_layer.begin
+    copied = 0
+    if dtype == "bfloat16":
+        sizes = [(t, (t.end - t.begin) // (4 if t.dtype == "float32" else 2)) for t in tensors]
+        copied = sum(2 * size for t, size in sizes if t.dtype != "bfloat16")
+    available = _core.available_memory() if max_memory is None else max_memory
+    needed = max(copied, mapped if copied == 0 else 0)
+    if needed <= available:
+        return
+    what = "available" if max_memory is None else "allowed by max_memory"
+    smaller = "bfloat16" if checkpoint.dtype == "float32" and needed <= 2 * available else None
+    advice = (
+        f'load it with dtype="{smaller}"'
+        if smaller and dtype != smaller
+        else "use a smaller variant, or a machine with more memory"
+    )
+    raise MemoryError(
+        f"{checkpoint.source}: the weights need {needed / 2**30:.1f} GiB in "
+        f"{checkpoint.dtype if dtype == 'auto' else dtype}, but {available / 2**30:.1f} GiB are "
+        f"{what}; {advice}."
+    )
+
+
+def core_config(config: TextConfig) -> _core.TextConfig:
+    """The engine's copy of a text config: the same fields under the same names."""
+    core = _core.TextConfig()
+    layers = []
+    for layer in config.layers:
+        core_layer = _core.LayerConfig()
+        for field in dataclasses.fields(layer):
+            setattr(core_layer, field.name, getattr(layer, field.name))
+        layers.append(core_layer)
+    for field in dataclasses.fields(config):
+        if field.name not in ("layers", "sliding_window"):
+            setattr(core, field.name, getattr(config, field.name))
+    core.layers = layers
+    return core
+
+
+class _LoadBar:
+    """A progress bar for a load that converts many weights, on a terminal only."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+        size = sum(t.end - t.begin for t in checkpoint.text_tensors.values())
+        converts = dtype == "bfloat16" and checkpoint.dtype != "bfloat16"
+        self._bar: Any = None
+        if converts and size > _BAR_BYTES and sys.stderr is not None and sys.stderr.isatty():
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            self._bar = tqdm(total=100, desc="rounding weights to bfloat16", unit="%", leave=False)
+
+    def __enter__(self) -> _LoadBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, fraction: float) -> None:
+        if self._bar is not None:
+            self._bar.update(round(100 * fraction) - self._bar.n)
+
+
+class Model:
+    """A Gemma 4 model, made by `load`. Threads may share one: their passes take turns."""
+
+    def __init__(
+        self, core: _core.TextModel, checkpoint: Checkpoint, dtype: str, kv_dtype: str
+    ) -> None:
+        self.core = core
+        self.checkpoint = checkpoint
+        self.dtype = checkpoint.dtype if dtype == "auto" else dtype
+        self.kv_dtype = kv_dtype
+        self._tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The checkpoint's config.json, checked; `config.text` is the decoder's part."""
+        return self.checkpoint.config
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """The checkpoint's generation_config.json."""
+        return self.checkpoint.generation_config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Reads tokenizer.json when text is first encoded or decoded; ids never need it."""
+        return self._tokenizer
+
+    @property
+    def threads(self) -> int:
+        """Threads of a pass, the calling one included."""
+        return self.core.threads
+
+    def prepare(
+        self,
+        x: Any,
+        *,
+        images: Any = None,
+        audio: Any = None,
+        videos: Any = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool = False,
+        bos: bool | str = "auto",
+    ) -> Any:
+        """Turns `x` into a `Prompt` (a batch into a list), as `run` and `generate` do.
+
+        A str is raw text (one BOS, no template), a list of dicts one chat (template), a list of
+        ints or a 1-D array ids, taken as given. `bos=False` begins with none.
+        """
+        return prepare(
+            x,
+            self.tokenizer,
+            self.config,
+            thinking=thinking,
+            tools=tools,
+            bos=bos,
+            images=images,
+            audio=audio,
+            videos=videos,
+        )
+
+    def run(self, x: Any, **arguments: Any) -> Any:
+        """Runs the model over `x` and returns a `Run` (a batch: a list of them).
+
+        `x`: see `prepare`. Keyword arguments:
+        cache: a `KvCache` to append to (a list of them for a batch); without one a new cache.
+            If the call raises, the cache is as it was.
+        capture: hook points by name or pattern, such as "layers.*.resid_post"; their values are
+            `run[name]`. KeyError with close matches for a pattern that matches nothing.
+        logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
+        softcap: "config", a number, or None for uncapped logits.
+        thinking, bos: as in `prepare`.
+        chunk: tokens of one pass; 512 by default.
+        """
+        return _run.run(self, x, **arguments)
+
+    def generate(self, x: Any, **arguments: Any) -> Output | list[Output] | Stream:
+        """Continues `x`; see `gemloupe.generation.generate` for the arguments."""
+        return generation.generate(self, x, **arguments)
+
+    def chat(self, message: Any, **arguments: Any) -> Output | list[Output] | Stream:
+        """Generates the answer to one user message, or to a list of messages."""
+        return generation.chat(self, message, **arguments)
+
+    def new_cache(
+        self,
+        max_tokens: int | None = None,
+        dtype: str | None = None,
+        sliding: str = "ring",
+        start: int = 0,
+    ) -> KvCache:
+        """An empty KV cache.
+
+        `max_tokens`: most tokens it takes; None for the model's maximum. It grows as it is filled:
+        only layers with full attention grow beyond their window. `sliding="full"` makes sliding
+        layers keep every position too. `start`: position of the first token.
+        ValueError beyond the model's maximum; MemoryError, before allocating, if an explicit
+        `max_tokens` does not fit.
+        """
+        _check_choice("sliding", sliding, ("ring", "full"))
+        dtype = self.kv_dtype if dtype in (None, "auto") else dtype
+        _check_choice("dtype", dtype or "", KV_DTYPES[1:])
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; expected 1 or more, or None")
+        return KvCache(
+            _core.new_cache(
+                self.core, max_tokens or 0, dtype, start, sliding == "full", _core.DEFAULT_CHUNK
+            )
+        )
+
+    def explain(self) -> _inspect.Report:
+        """What this model is made of: layers, sharing, parameters, bytes; print it."""
+        return _inspect.describe(self.checkpoint)
+
+    def __repr__(self) -> str:
+        text = self.config.text
+        return (
+            f"Model({quoted(self.checkpoint.source)}, {text.num_hidden_layers} layers of "
+            f"{text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
+        )
+
+    # What gemloupe.generation asks of a model.
+
+    def new_session(self) -> _core.Session:
+        return _core.Session(self.core)
+
+    def new_request(self) -> _core.RowRequest:
+        return _core.RowRequest()
+
+    def core_cache(self, cache: KvCache) -> _core.KvCache:
+        return cache.core
+
+    def wrap_cache(self, core_cache: _core.KvCache) -> KvCache:
+        return KvCache(core_cache)
+
+
+__all__ = ["Model", "Prompt", "load"]

@@ -1,0 +1,147 @@
+"""One forward pass over a prompt: logits, captured activations, cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemloupe import _core, hooks
+from gemloupe.cache import KvCache
+from gemloupe.config import TextConfig
+from gemloupe.errors import did_you_mean, quoted
+from gemloupe.prompt import Prompt, is_batch
+
+if TYPE_CHECKING:
+    from gemloupe.model import Model
+
+LogitsRows = str | slice | None
+
+
+@dataclass(eq=False)
+class Run:
+    """What a pass gave. `run["layers.3.resid_post"]` is a captured activation."""
+
+    prompt: Prompt
+    logits: np.ndarray | None
+    """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None."""
+    captured: Mapping[str, np.ndarray]
+    """name -> float32 [T, …], read-only."""
+    cache: KvCache
+    """The KV cache after the pass."""
+    positions: np.ndarray
+    """int64 [T]: the absolute position of each row."""
+    skipped: tuple[str, ...] = field(default=())
+    """Points of a pattern that their layers don't have."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        try:
+            return self.captured[name]
+        except KeyError:
+            hint = did_you_mean(name, self.captured)
+            raise KeyError(f"{quoted(name)} was not captured. {hint}".rstrip()) from None
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.captured)
+
+    def __repr__(self) -> str:
+        rows = [("tokens", str(len(self.prompt)))]
+        if self.logits is not None:
+            rows.append(("logits", str(list(self.logits.shape))))
+        rows += [(name, str(list(array.shape))) for name, array in list(self.captured.items())[:12]]
+        if len(self.captured) > 12:
+            rows.append(("…", f"{len(self.captured)} captured in all"))
+        width = max(len(name) for name, _ in rows)
+        return "Run\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def run(
+    model: Model,
+    x: Any,
+    *,
+    cache: KvCache | Sequence[KvCache | None] | None = None,
+    capture: str | Iterable[str] = (),
+    logits: LogitsRows = "last",
+    softcap: float | str | None = "config",
+    thinking: bool = False,
+    bos: bool | str = "auto",
+    chunk: int = _core.DEFAULT_CHUNK,
+) -> Run | list[Run]:
+    batch = is_batch(x)
+    caches = list(cache) if isinstance(cache, (list, tuple)) else [cache] * (len(x) if batch else 1)
+    if batch and cache is not None and not isinstance(cache, (list, tuple)):
+        raise TypeError("cache is one cache for a batch; pass a list, one a row")
+    if not batch and isinstance(cache, (list, tuple)):
+        raise TypeError("cache is a list, but x is a single prompt; pass one cache")
+    if batch and len(caches) != len(x):
+        raise ValueError(f"cache has {len(caches)} entries for {len(x)} rows; pass one a row")
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
+    continued = any(given is not None and given.length > 0 for given in caches)
+    prompts = model.prepare(
+        x, thinking=thinking, bos=False if continued and bos == "auto" else bos
+    )
+    points, skipped = hooks.select(capture, model.config.text) if capture else ([], [])
+    cap = _softcap(softcap)
+    runs = []
+    for prompt, given in zip(prompts if batch else [prompts], caches, strict=True):
+        used = given if given is not None else model.new_cache()
+        first = used.length
+        begin, end = _logits_rows(logits, len(prompt))
+        values, captured = model.core.run(
+            prompt.ids.tolist(),
+            used.core,
+            begin,
+            end,
+            [(point.index, point.layer) for point in points],
+            cap,
+            chunk,
+        )
+        shaped = {
+            point.name: _shaped(captured[point.name], point, model.config.text) for point in points
+        }
+        positions = np.arange(first, first + len(prompt))
+        runs.append(Run(prompt, values, shaped, used, positions, tuple(skipped)))
+    return runs if batch else runs[0]
+
+
+def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:
+    if logits is None:
+        return 0, 0
+    if isinstance(logits, slice):
+        begin, end, step = logits.indices(count)
+        if step != 1:
+            raise ValueError(f"logits is {logits!r}; expected a slice with step 1")
+        return begin, max(begin, end)
+    if logits == "last":
+        return count - 1, count
+    if logits == "all":
+        return 0, count
+    raise ValueError(f'logits is {logits!r}; expected "last", "all", None or a slice')
+
+
+def _softcap(softcap: float | str | None) -> float | None:
+    """None for the config's, 0.0 for none: what the engine takes."""
+    if isinstance(softcap, str):
+        if softcap == "config":
+            return None
+    elif softcap is None:
+        return 0.0
+    elif not isinstance(softcap, bool) and softcap > 0:
+        return float(softcap)
+    raise ValueError(f'softcap is {softcap!r}; expected "config", None, or a number above 0')
+
+
+def _shaped(array: np.ndarray, point: hooks.HookPoint, config: TextConfig) -> np.ndarray:
+    """Gives captured rows [T, columns] the shape of their hook point."""
+    sizes = {"T": len(array), "L": config.num_hidden_layers, "P": config.hidden_size_per_layer_input}
+    if point.layer >= 0:
+        sizes["H"] = config.layers[point.layer].head_dim
+    letters = point.shape.strip("[]").split(", ")
+    shaped = array.reshape([sizes.get(letter, -1) for letter in letters])
+    if point.name.endswith("router.experts"):
+        shaped = shaped.astype(np.int32)
+        shaped.flags.writeable = False
+    return shaped
