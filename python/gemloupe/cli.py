@@ -1,0 +1,414 @@
+"""The command line: `gemloupe generate`, `chat`, `inspect` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from gemloupe.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from gemloupe.conversation import Conversation
+    from gemloupe.model import Model
+    from gemloupe.output import Output
+    from gemloupe.stream import Stream
+
+COMMANDS = ("generate", "chat", "inspect", "doctor")
+_DEFAULT_MODEL = "demo:edge"
+_EXIT_ERROR = 2
+_EXIT_INTERRUPTED = 130
+_DIM, _PLAIN = "\033[2m", "\033[0m"
+
+WELCOME = """\
+gemloupe runs the Gemma 4 family on CPUs and lets you see inside. Five things to try:
+
+  gemloupe generate "What is 27 + 45?"     an answer from a tiny model inside the package
+  gemloupe chat                            a conversation with it
+  gemloupe inspect demo:moe                what a model is made of, and what it weighs
+  gemloupe doctor                          which models this machine can run, and how fast
+  python -c 'import gemloupe as gl; print(gl.load("demo:edge").chat("What is 27 + 45?"))'
+
+gemloupe COMMAND --help shows the options of a command, with examples. Instead of demo:edge,
+a model may be a folder with a transformers checkpoint or a hub id such as google/gemma-4-E2B-it."""
+
+_GENERATE_EXAMPLES = """\
+examples:
+  gemloupe generate "What is 27 + 45?"
+  gemloupe generate "What is 27 + 45?" --thinking --temperature 0
+  gemloupe generate "Once upon a time" --raw --max-new-tokens 40 --seed 7
+  gemloupe generate "Why is the sky blue?" --model google/gemma-4-E2B-it
+  echo "Sort: 3 1 2" | gemloupe generate --json"""
+
+_CHAT_EXAMPLES = """\
+examples:
+  gemloupe chat
+  gemloupe chat --model google/gemma-4-E2B-it --system "Answer in one sentence."
+  gemloupe chat --thinking --seed 7
+
+In the chat, /help lists the commands. Ctrl-C stops a reply, Ctrl-D or /exit ends the chat."""
+
+_INSPECT_EXAMPLES = """\
+examples:
+  gemloupe inspect demo:moe
+  gemloupe inspect google/gemma-4-E2B-it
+  gemloupe inspect ./my-checkpoint"""
+
+_DOCTOR_EXAMPLES = """\
+examples:
+  gemloupe doctor
+  GEMLOUPE_ISA=avx2 gemloupe doctor"""
+
+_CHAT_HELP = """\
+/reset          forget the conversation
+/system TEXT    begin anew with these instructions; without TEXT, with none
+/exit           end the chat (also Ctrl-D)
+/help           show this list
+Ctrl-C          stop the reply"""
+_CHAT_COMMANDS = ("/reset", "/system", "/exit", "/help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        hint = did_you_mean(argv[0], COMMANDS) or f"There are {', '.join(COMMANDS)}."
+        parser.error(f"no command {argv[0]!r}. {hint[:-1]}")
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        print(WELCOME)
+        return 0
+    _be_gentle(sys.stdout)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            arguments.run(arguments)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return _EXIT_INTERRUPTED
+        except BrokenPipeError:
+            # Whoever reads our output has read enough; Python would flush into the pipe at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _EXIT_ERROR
+        except Exception as error:
+            if os.environ.get("GEMLOUPE_DEBUG") == "1":
+                raise
+            print(f"gemloupe: error: {_one_line(error)}", file=sys.stderr)
+            return _EXIT_ERROR
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    line = " ".join(str(text).split())
+    if isinstance(error, (ValueError, TypeError, LookupError, OSError, ImportError)) and line:
+        return line
+    if isinstance(error, MemoryError):
+        return line or "out of memory; use a smaller model, or a shorter context"
+    return f"{type(error).__name__}: {line}; GEMLOUPE_DEBUG=1 shows where"
+
+
+def _show_warning(message: Any, *_where: Any, **_more: Any) -> None:
+    print(f"gemloupe: note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _be_gentle(stream: TextIO) -> None:
+    """Lets characters that the terminal's encoding lacks be shown as "?"."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(_EXIT_ERROR, f"gemloupe: error: {message}; {self.prog} --help shows its use\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="gemloupe",
+        description="Runs the Gemma 4 family on CPUs, fast, and lets you see inside.",
+        epilog='"gemloupe" alone shows five things to try.',
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    _add_generate(commands)
+    _add_chat(commands)
+    inspect = _add_command(
+        commands, "inspect", _run_inspect, "show what a model is made of", _INSPECT_EXAMPLES
+    )
+    inspect.add_argument("source", metavar="SOURCE", help="a folder, a hub id, or demo:edge")
+    _add_command(
+        commands, "doctor", _run_doctor, "show what this machine can run", _DOCTOR_EXAMPLES
+    )
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_rest: Any) -> None:
+        from gemloupe import __version__
+
+        print(f"gemloupe {__version__}")
+        parser.exit()
+
+
+def _add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add_command(
+        commands, "generate", _run_generate, "answer or continue a prompt", _GENERATE_EXAMPLES
+    )
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the text; read from a pipe if left out"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--raw", action="store_true", help="continue the text as it is, without a chat template"
+    )
+    form.add_argument(
+        "--chat",
+        action="store_true",
+        help="wrap it as a chat message (what a model with a chat template does anyway)",
+    )
+    _add_model_options(parser)
+    _add_sampling_options(parser)
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show text as it comes (default: on a terminal)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_chat(commands: Any) -> None:
+    parser = _add_command(commands, "chat", _run_chat, "talk with a model", _CHAT_EXAMPLES)
+    _add_model_options(parser)
+    _add_sampling_options(parser)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=_DEFAULT_MODEL,
+        help=f"a folder, a hub id, or demo:edge, demo:moe, demo:dense (default: {_DEFAULT_MODEL})",
+    )
+    group.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    group.add_argument("--threads", type=int, help="default: every CPU this process may use")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "generation", "Options left out are as the model's generation_config.json says."
+    )
+    group.add_argument("--system", metavar="TEXT", help="instructions that come first")
+    group.add_argument("--thinking", action="store_true", help="let the model think first")
+    group.add_argument("--max-new-tokens", type=int, default=None, metavar="N")
+    group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="X")
+    group.add_argument("--top-k", type=int, metavar="N", help="0 is off")
+    group.add_argument("--min-p", type=float, metavar="X")
+    group.add_argument("--repetition-penalty", type=float, metavar="X")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="may be given several times"
+    )
+
+
+def _load(arguments: argparse.Namespace) -> Model:
+    from gemloupe.model import load
+
+    return load(arguments.model, arguments.dtype, threads=arguments.threads)
+
+
+def _options(arguments: argparse.Namespace, default_tokens: int) -> dict[str, Any]:
+    options = {
+        name: getattr(arguments, name)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+    }
+    tokens = arguments.max_new_tokens
+    return {**options, "max_new_tokens": default_tokens if tokens is None else tokens}
+
+
+def _system(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": arguments.system}] if arguments.system else []
+
+
+def _run_generate(arguments: argparse.Namespace) -> None:
+    prompt = arguments.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise ValueError('no prompt; give one, such as: gemloupe generate "What is 27 + 45?"')
+        prompt = sys.stdin.read().rstrip("\n")
+    model = _load(arguments)
+    raw = arguments.raw or (model.tokenizer.chat_template.is_default and not arguments.chat)
+    if raw and (arguments.thinking or arguments.system):
+        raise ValueError(
+            "--thinking and --system need a chat, but the prompt is raw text; "
+            + ("leave out --raw" if arguments.raw else "add --chat")
+        )
+    model.tokenizer.raw_text_warned = True  # --raw says that it is meant.
+    x = prompt if raw else [*_system(arguments), {"role": "user", "content": prompt}]
+    stream: Any = model.generate(
+        x, thinking=arguments.thinking, stream=True, **_options(arguments, 256)
+    )
+    if arguments.json:
+        print(json.dumps(_as_json(stream.result), ensure_ascii=False))
+        return
+    streams = sys.stdout.isatty() if arguments.stream is None else arguments.stream
+    _show(stream, streams)
+    _show_speed(stream.result)
+
+
+def _as_json(out: Output) -> dict[str, Any]:
+    times = out.timings
+    return {
+        "text": out.text,
+        "reasoning": out.reasoning,
+        "finish_reason": out.finish_reason,
+        "ids": out.ids.tolist(),
+        "prompt_ids": out.prompt.ids.tolist(),
+        "seed": out.seed,
+        "timings": {
+            "prefill_tokens": times.prefill_tokens,
+            "prefill_seconds": times.prefill_seconds,
+            "decode_tokens": times.decode_tokens,
+            "decode_seconds": times.decode_seconds,
+            "time_to_first_token": times.time_to_first_token,
+            "tokens_per_second": times.tokens_per_second,
+        },
+    }
+
+
+def _show(stream: Stream, streams: bool) -> None:
+    """Prints the answer to stdout; thoughts go dimmed to stderr, if that is a terminal."""
+    thoughts = sys.stderr.isatty()
+    if not streams:
+        out: Any = stream.result
+        if thoughts and out.reasoning:
+            print(f"{_DIM}{out.reasoning}{_PLAIN}", file=sys.stderr)
+        print(out.text)
+        return
+    thinking = False
+    for piece in stream:
+        if piece.reasoning and thoughts:
+            sys.stderr.write(f"{_DIM}{piece.reasoning}{_PLAIN}")
+            sys.stderr.flush()
+            thinking = True
+        if piece.text:
+            if thinking:
+                sys.stderr.write("\n")
+                sys.stderr.flush()
+                thinking = False
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    print()
+
+
+def _show_speed(out: Output) -> None:
+    if sys.stderr.isatty():
+        times = out.timings
+        print(
+            f"{_DIM}{times.prefill_tokens} tokens read in {times.prefill_seconds:.2f} s, "
+            f"{len(out.ids)} written ({times.tokens_per_second:.1f}/s){_PLAIN}",
+            file=sys.stderr,
+        )
+
+
+def _run_inspect(arguments: argparse.Namespace) -> None:
+    from gemloupe.inspect import describe
+
+    print(describe(arguments.source))
+
+
+def _run_doctor(arguments: argparse.Namespace) -> None:
+    from gemloupe.doctor import report
+
+    print(report())
+
+
+def _run_chat(arguments: argparse.Namespace) -> None:
+    from gemloupe.conversation import Conversation
+
+    model = _load(arguments)
+    options = _options(arguments, 1024)
+    chat = Conversation(model, arguments.system, arguments.thinking, **options)
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        import readline  # noqa: F401  Line editing in input().
+
+        print(f"{model!r}\n/help lists commands, Ctrl-C stops a reply, /exit ends the chat.")
+    while True:
+        try:
+            line = input("> " if on_terminal else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not on_terminal:
+                raise
+            print("\n/exit or Ctrl-D ends the chat.")
+            continue
+        if not line:
+            continue
+        if line.startswith("/"):
+            if not _obey(chat, line):
+                break
+        else:
+            _reply(chat, line)
+
+
+def _obey(chat: Conversation, line: str) -> bool:
+    """Carries out a /command; False ends the chat."""
+    command, _, rest = line.partition(" ")
+    if command == "/exit":
+        return False
+    if command == "/reset":
+        chat.reset()
+        print("The conversation is forgotten.")
+    elif command == "/system":
+        chat.system = rest.strip() or None
+        chat.reset()
+        print("New instructions, new conversation." if chat.system else "No instructions.")
+    elif command == "/help":
+        print(_CHAT_HELP)
+    else:
+        hint = did_you_mean(command, _CHAT_COMMANDS)
+        print(f"No command {command}. {hint} /help lists them.".replace("  ", " "))
+    return True
+
+
+def _reply(chat: Conversation, text: str) -> None:
+    try:
+        stream = chat.ask(text)
+    except (ValueError, MemoryError) as error:
+        # Most likely the context is full; the chat goes on.
+        print(f"gemloupe: error: {_one_line(error)} (/reset forgets the conversation)")
+        return
+    try:
+        _show(stream, True)
+    except KeyboardInterrupt:
+        print("\n(stopped)")
+    chat.keep(stream)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
