@@ -383,3 +383,10 @@ def test_a_tensor_that_only_the_index_has_is_refused(sharded: Path) -> None:
 def test_an_index_without_a_weight_map_is_refused(sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text('{"weight_map": []}')
     assert "weight_map is []" in refusal(sharded)
+
+
+def test_a_header_of_very_many_tensors_is_refused(tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"tensor {i}": entry for i in range(100_001)}).encode()
+    with pytest.raises(ValueError, match="lists 100001 tensors; expected at most 100000"):
+        read_header(write_file(tmp_path / "f", header, b""))

@@ -17,7 +17,15 @@ import numpy as np
 
 from gemloupe import hub, safetensors_header, strict_json
 from gemloupe.config import ModelConfig, TextConfig, read_config
-from gemloupe.errors import bullet_list, close_matches, did_you_mean, format_shape, one_of, quoted
+from gemloupe.errors import (
+    MAX_LISTED,
+    bullet_list,
+    close_matches,
+    did_you_mean,
+    format_shape,
+    one_of,
+    quoted,
+)
 from gemloupe.safetensors_header import TensorInfo
 
 DEMO_NAMES = ("edge", "moe", "dense")
@@ -287,7 +295,8 @@ def _checked(
         elif _HEAD_NAME.fullmatch(full_name):
             ignored.append(full_name)
         else:
-            hint = did_you_mean(name, expected) if name else ""
+            # Only texts that are shown get a hint: a hostile file may have 100,000 names.
+            hint = did_you_mean(name, expected) if len(problems) < MAX_LISTED else ""
             text = f"{files[number].name}: {quoted(full_name)} is no tensor of this model. {hint}"
             problems.append(text.rstrip())
     present = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 MAX_LISTED = 10
 _MAX_QUOTED = 80
+_MAX_COMPARED = 200
 
 
 def quoted(value: object) -> str:
@@ -26,6 +27,8 @@ def quoted(value: object) -> str:
 
 def close_matches(name: str, candidates: Iterable[str], count: int = 3) -> list[str]:
     """Returns up to `count` candidates that resemble `name`, the closest first, in any case."""
+    if len(name) > _MAX_COMPARED:  # The time grows with the square of the length.
+        return []
     by_lower: dict[str, str] = {}
     for candidate in candidates:
         by_lower.setdefault(candidate.lower(), candidate)
