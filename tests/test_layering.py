@@ -34,7 +34,9 @@ OWNERS = {
 KERNEL_SYSTEM_HEADERS = {"immintrin.h", "cstdint", "cstddef"}
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
-SOURCES = sorted(p.relative_to(CSRC).as_posix() for p in CSRC.rglob("*") if p.suffix in (".h", ".cc"))
+SOURCES = sorted(
+    path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*") if path.suffix in (".h", ".cc")
+)
 
 
 def included(source: str) -> list[str]:
