@@ -65,7 +65,7 @@ Status AttentionLayer::Project(ConstMatrix x, const PassContext& ctx, Matrix q, 
   ctx.Visit(HookPoint::kAttnQProj, q);
   if (!spec_.shares_kv) {
     ctx.Visit(HookPoint::kAttnKProj, k);
-    if (!spec_.values_are_keys) ctx.Visit(HookPoint::kAttnVProj, v);
+    ctx.Visit(HookPoint::kAttnVProj, v);  // the raw keys where values are keys
   }
   return absl::OkStatus();
 }

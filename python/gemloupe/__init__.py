@@ -1,14 +1,15 @@
 """gemloupe runs the Gemma 4 family on CPUs, fast, and lets you see everything inside.
 
-    import gemloupe as gl
+import gemloupe as gl
 
-    model = gl.load("demo:edge")
-    print(model.chat("What is 27 + 45?"))
+model = gl.load("demo:edge")
+print(model.chat("What is 27 + 45?"))
 """
 
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
 from gemloupe.hooks import HookPoint
+from gemloupe.inspect import estimate
 from gemloupe.model import Model, load
 from gemloupe.output import Output
 from gemloupe.prompt import Prompt
@@ -33,6 +34,7 @@ __all__ = [
     "Run",
     "Stream",
     "__version__",
+    "estimate",
     "hook_points",
     "load",
 ]

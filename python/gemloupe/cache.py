@@ -19,7 +19,7 @@ class CacheLayer:
 
     @property
     def kind(self) -> str:
-        """"full", "sliding" (a ring that holds the window), or "shared" (reads another layer)."""
+        """ "full", "sliding" (a ring that holds the window), or "shared" (reads another layer)."""
         if self.source_layer != self.index:
             return "shared"
         return "sliding" if self._core.layer_window(self.index) else "full"
@@ -111,7 +111,7 @@ class KvCache:
 
     @property
     def dtype(self) -> str:
-        """"float32", "float16" or "bfloat16": how entries are stored."""
+        """ "float32", "float16" or "bfloat16": how entries are stored."""
         return self.core.dtype
 
     @property
@@ -149,3 +149,22 @@ class KvCache:
             if len(self)
             else f"KvCache(empty, at most {self.max_tokens} tokens, {self.dtype}; layers: {counts})"
         )
+
+
+def row_caches(cache: Any, rows: int | None) -> list[KvCache | None]:
+    """One cache, or None, for each of `rows` rows (None: a single prompt), from `cache=`.
+
+    TypeError or ValueError where their number doesn't fit, or two rows share one cache.
+    """
+    if not isinstance(cache, (list, tuple)):
+        if cache is not None and rows is not None and rows != 1:
+            raise ValueError(f"one cache can't serve {rows} rows; pass a list, one cache a row")
+        return [cache] * (rows or 1)
+    if rows is None:
+        raise TypeError("cache is a list, but x is a single prompt; pass one cache")
+    if len(cache) != rows:
+        raise ValueError(f"cache has {len(cache)} entries for {rows} rows; pass one a row")
+    given = [id(one) for one in cache if one is not None]
+    if len(set(given)) != len(given):
+        raise ValueError("two rows share one cache; give each its own, such as cache.fork()")
+    return list(cache)

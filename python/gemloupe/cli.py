@@ -399,6 +399,9 @@ def _obey(chat: Conversation, line: str) -> bool:
 def _reply(chat: Conversation, text: str) -> None:
     try:
         stream = chat.ask(text)
+    except KeyboardInterrupt:
+        print("\n(stopped)")
+        return
     except (ValueError, MemoryError) as error:
         # Most likely the context is full; the chat goes on.
         print(f"gemloupe: error: {_one_line(error)} (/reset forgets the conversation)")

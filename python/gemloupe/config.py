@@ -1,7 +1,7 @@
 """Reads a checkpoint's config.json into the figures that the engine is built from.
 
-`TextConfig` and `LayerSpec` have the same fields as the C++ structs of these names. What differs
-between the models of the family is data in `LayerSpec`; nothing later asks for a model's name.
+`TextConfig` and `LayerConfig` have the same fields as the C++ structs of these names. What differs
+between the models of the family is data in `LayerConfig`; nothing later asks for a model's name.
 The rules follow the configuration classes of transformers 5.23 (`models/gemma4*`).
 """
 
@@ -38,7 +38,7 @@ _OTHER_MODEL = (
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class LayerConfig:
     """What one decoder layer is made of."""
 
     kind: str
@@ -83,7 +83,7 @@ class TextConfig:
     sliding_window: int
     bidirectional: str
     """"none", "vision" (image blocks see themselves whole) or "all"."""
-    layers: tuple[LayerSpec, ...]
+    layers: tuple[LayerConfig, ...]
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def _text_config(text: _Fields, *, unified: bool) -> TextConfig:
 
 def _layers(
     text: _Fields, num_layers: int, num_heads: int, window: int, *, has_experts: bool
-) -> tuple[LayerSpec, ...]:
+) -> tuple[LayerConfig, ...]:
     types = _layer_types(text, num_layers)
     sizes = _head_sizes(text, types, num_heads)
     sources = _kv_sources(text, types)
@@ -351,7 +351,7 @@ def _layers(
         theta, pairs, factor = ropes[layer_type]
         shares = sources[index] != index
         layers.append(
-            LayerSpec(
+            LayerConfig(
                 kind=_LAYER_KINDS[layer_type],
                 window=0 if is_full else window,
                 head_dim=sizes[index][0],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from gemloupe.model import Model
     from gemloupe.stream import Stream
@@ -25,35 +27,38 @@ class Conversation:
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
         self.cache = self.model.new_cache()
+        # The cache before the last reply: thoughts leave the history, and after a long one the
+        # ring of a sliding layer no longer holds what stood before it.
+        self._before_reply = self.cache.fork()
 
     def ask(self, text: str) -> Stream:
         """Returns the stream of the reply to `text`; call `keep` when it has ended."""
         self.messages.append({"role": "user", "content": text})
         try:
-            prompt = self.model.prepare(self.messages, thinking=self.thinking)
-            fresh = prompt.ids[self._reuse(prompt.ids.tolist()) :]
-            stream = self.model.generate(fresh, cache=self.cache, stream=True, **self.options)
+            ids = self.model.prepare(self.messages, thinking=self.thinking).ids
+            *fresh, last = ids[self._rewind(ids) :].tolist()
+            if fresh:
+                self.model.run(fresh, cache=self.cache, logits=None)
+            self._before_reply = self.cache.fork()
+            stream = self.model.generate([last], cache=self.cache, stream=True, **self.options)
         except BaseException:
             self.messages.pop()
             raise
         return stream  # type: ignore[return-value]
 
-    def _reuse(self, ids: list[int]) -> int:
-        """Cuts the cache to what it has in common with `ids` and returns how much that is."""
-        held = [int(token) for token in self.cache.tokens]
-        common = 0
-        # The last token must be read, since its logits give the first new one.
-        while common < min(len(held), len(ids) - 1) and held[common] == ids[common]:
-            common += 1
-        if common == len(held):
+    def _rewind(self, ids: np.ndarray) -> int:
+        """Makes `cache` hold the longest beginning of `ids` that it can; returns its length."""
+        for cache in (self.cache, self._before_reply):
+            # The last token must be read, since its logits give the first new one.
+            common = _common_length(cache.tokens, ids[:-1])
+            try:
+                cache.truncate(common)
+            except ValueError:  # A ring no longer holds the window before `common`.
+                continue
+            self.cache = cache
             return common
-        try:
-            self.cache.truncate(common)
-        except ValueError:  # A ring no longer holds the window before `common`.
-            common = 0
-        if common == 0:
-            self.cache = self.model.new_cache()
-        return common
+        self.cache = self.model.new_cache()
+        return 0
 
     def keep(self, stream: Stream) -> None:
         """Ends the reply and adds it to the messages; an empty one is as if never asked for."""
@@ -63,3 +68,9 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": out.text})
         else:
             self.messages.pop()
+
+
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
+    count = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a)[:count] != np.asarray(b)[:count])
+    return int(differs[0]) if len(differs) else count

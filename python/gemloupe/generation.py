@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gemloupe.answer import AnswerReader, Part
+from gemloupe.cache import row_caches
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.prompt import Prompt, is_batch, prepare
-from gemloupe.sampling import RowOptions, resolve_rows
+from gemloupe.sampling import RowOptions, resolve_rows, softcap_value
 from gemloupe.stream import Piece, Stream
 from gemloupe.tokenizer import Tokenizer
 
@@ -110,7 +111,7 @@ def generate(
     _refuse_later(later)
     started = time.perf_counter()
     batch = is_batch(x)
-    caches = _row_caches(cache, len(x) if batch else None)
+    caches = row_caches(cache, len(x) if batch else None)
     continued = any(given is not None and given.length > 0 for given in caches)
     prepared = prepare(
         x,
@@ -143,7 +144,9 @@ def generate(
         model.config.eos_token_ids,
         model.config.text.vocab_size,
     )
-    generation = Generation(model, prompts, options, caches, _softcap(softcap), stream, started)
+    generation = Generation(
+        model, prompts, options, caches, softcap_value(softcap), stream, started
+    )
     result = Stream(generation, batch)
     return result if stream else result.result
 
@@ -163,32 +166,6 @@ def _refuse_later(arguments: Mapping[str, Any]) -> None:
         if value is nothing or (name == "capture" and not len(value)):
             continue
         raise ValueError(f"{name}= is not in this version of generate; leave it out")
-
-
-def _softcap(softcap: Any) -> float | None:
-    """Returns the cap for the session: None for the config's, 0.0 for none."""
-    if softcap == "config":
-        return None
-    if softcap is None:
-        return 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not softcap > 0:
-        raise ValueError(f'softcap is {softcap!r}; expected "config", None, or a number above 0')
-    return float(softcap)
-
-
-def _row_caches(cache: Any, rows: int | None) -> list[Any]:
-    if not isinstance(cache, (list, tuple)):
-        if cache is not None and rows is not None and rows != 1:
-            raise ValueError(f"one cache can't serve {rows} rows; pass a list, one cache a row")
-        return [cache] * (rows or 1)
-    if rows is None:
-        raise TypeError("cache is a list, but x is a single prompt; pass one cache")
-    if len(cache) != rows:
-        raise ValueError(f"cache has {len(cache)} entries for {rows} rows; pass one a row")
-    given = [id(one) for one in cache if one is not None]
-    if len(set(given)) != len(given):
-        raise ValueError("two rows share one cache; give each its own, such as cache.fork()")
-    return list(cache)
 
 
 class _Row:

@@ -56,9 +56,7 @@ def _hook_points(config: TextConfig) -> dict[str, HookPoint]:
 def _layer_has(config: TextConfig, layer: int, name: str) -> bool:
     spec = config.layers[layer]
     if name in ("attn.k_proj", "attn.v_proj", "attn.k", "attn.v", "attn.rot_k"):
-        if spec.kv_source != layer:
-            return False
-        return not (name == "attn.v_proj" and spec.values_are_keys)
+        return spec.kv_source == layer
     if name.startswith(("router.", "experts.")) or name == "mlp.post":
         return spec.has_experts
     if name.startswith("per_layer."):
@@ -99,9 +97,10 @@ def _no_match(
         layer = int(lacking[0].split(".")[1])
         source = config.layers[layer].kv_source
         if source != layer:
+            there = lacking[0].replace(str(layer), str(source), 1)
             return (
                 f"{quoted(pattern)}: layer {layer} has no keys and values of its own, it reads "
-                f"those of layer {source}; capture {quoted(lacking[0].replace(str(layer), str(source), 1))}"
+                f"those of layer {source}; capture {quoted(there)}"
             )
     matches = close_matches(pattern, points)
     hint = f"did you mean {one_of(matches)}?" if matches else "gl.hook_points(model) lists them all"

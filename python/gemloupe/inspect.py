@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from gemloupe import sizes
 from gemloupe.checkpoint import Checkpoint
-from gemloupe.config import LayerSpec, ModelConfig, TextConfig
+from gemloupe.config import LayerConfig, ModelConfig, TextConfig
 from gemloupe.errors import format_bytes
 from gemloupe.sizes import Estimate, Parameters, Source, estimate
 
@@ -27,7 +27,7 @@ class LayerGroup:
     """Layers that are alike in everything, where a layer that shares keys names its source."""
 
     layers: tuple[int, ...]
-    spec: LayerSpec
+    spec: LayerConfig
 
     @property
     def shares(self) -> bool:
@@ -177,14 +177,14 @@ def _stored(checkpoint: Checkpoint) -> str:
 
 def _groups(text: TextConfig) -> tuple[LayerGroup, ...]:
     """Groups layers; in a group's spec `kv_source` is the layer shared with, −1 for none."""
-    members: dict[LayerSpec, list[int]] = {}
+    members: dict[LayerConfig, list[int]] = {}
     for index, layer in enumerate(text.layers):
         source = -1 if layer.kv_source == index else layer.kv_source
         members.setdefault(_with_source(layer, source), []).append(index)
     return tuple(LayerGroup(tuple(indices), spec) for spec, indices in members.items())
 
 
-def _with_source(layer: LayerSpec, source: int) -> LayerSpec:
+def _with_source(layer: LayerConfig, source: int) -> LayerConfig:
     return replace(layer, kv_source=source)
 
 

@@ -14,7 +14,7 @@ from gemloupe import run as _run
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
-from gemloupe.errors import did_you_mean, one_of, quoted
+from gemloupe.errors import did_you_mean, does_not_fit, one_of, quoted
 from gemloupe.output import Output
 from gemloupe.prompt import Prompt, prepare
 from gemloupe.stream import Stream
@@ -60,7 +60,8 @@ def load(
     options.round_to_bfloat16 = dtype == "bfloat16"
     options.bfloat16_matmul = dtype != "float32"
     options.round_embed_scale = _rounds_scale(dtype, embed_scale, checkpoint)
-    options.invariant = os.environ.get("GEMLOUPE_INVARIANT") == "1" if invariant is None else invariant
+    asked = os.environ.get("GEMLOUPE_INVARIANT") == "1"
+    options.invariant = asked if invariant is None else invariant
     options.threads = threads
     if kv_dtype == "auto":
         kv_dtype = "float32" if dtype == "float32" else "float16"
@@ -102,32 +103,22 @@ def _rounds_scale(dtype: str, embed_scale: str, checkpoint: Checkpoint) -> bool:
 
 
 def _check_memory(checkpoint: Checkpoint, dtype: str, max_memory: int | None) -> None:
-    """Raises MemoryError where the weights can't be held; mapped ones count too: all are read."""
-    tensors = checkpoint.text_tensors.values()
-    per_layer = checkpoint.text_tensors.get("embed_tokens_per_layer.weight")
-    mapped = sum(t.end - t.begin for t in tensors)
-    if per_layer is not None:  # only rows of it are read
-        mapped -= per_layer.end - per_layer.begin
-    copied = 0
-    if dtype == "bfloat16":
-        sizes = [(t, (t.end - t.begin) // (4 if t.dtype == "float32" else 2)) for t in tensors]
-        copied = sum(2 * size for t, size in sizes if t.dtype != "bfloat16")
+    """Raises MemoryError where the weights that every token reads do not fit.
+
+    Mapped weights count too: one that is not in memory is read from disk for every token. Of the
+    per-layer embedding table only a few rows are.
+    """
     available = _core.available_memory() if max_memory is None else max_memory
-    needed = max(copied, mapped if copied == 0 else 0)
-    if needed <= available:
-        return
-    what = "available" if max_memory is None else "allowed by max_memory"
-    smaller = "bfloat16" if checkpoint.dtype == "float32" and needed <= 2 * available else None
-    advice = (
-        f'load it with dtype="{smaller}"'
-        if smaller and dtype != smaller
-        else "use a smaller variant, or a machine with more memory"
-    )
-    raise MemoryError(
-        f"{checkpoint.source}: the weights need {needed / 2**30:.1f} GiB in "
-        f"{checkpoint.dtype if dtype == 'auto' else dtype}, but {available / 2**30:.1f} GiB are "
-        f"{what}; {advice}."
-    )
+    tables = ("embed_tokens_per_layer.weight",)
+    tensors = [t for name, t in checkpoint.text_tensors.items() if name not in tables]
+    stored = sum(t.end - t.begin for t in tensors)
+    rounded = sum((t.end - t.begin) // (2 if t.dtype == "float32" else 1) for t in tensors)
+    needed = rounded if dtype == "bfloat16" else stored
+    if needed > available:
+        fits = dtype != "bfloat16" and rounded <= available
+        alternatives = [('dtype="bfloat16"', rounded)] if fits else []
+        what = f"{checkpoint.source}: the model in {checkpoint.dtype if dtype == 'auto' else dtype}"
+        raise does_not_fit(what, needed, available, alternatives)
 
 
 def core_config(config: TextConfig) -> _core.TextConfig:
@@ -154,7 +145,7 @@ class _LoadBar:
         converts = dtype == "bfloat16" and checkpoint.dtype != "bfloat16"
         self._bar: Any = None
         if converts and size > _BAR_BYTES and sys.stderr is not None and sys.stderr.isatty():
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             self._bar = tqdm(total=100, desc="rounding weights to bfloat16", unit="%", leave=False)
 

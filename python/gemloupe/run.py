@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemloupe import _core, hooks
-from gemloupe.cache import KvCache
+from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import did_you_mean, quoted
 from gemloupe.prompt import Prompt, is_batch
+from gemloupe.sampling import softcap_value
 
 if TYPE_CHECKING:
     from gemloupe.model import Model
@@ -70,21 +71,13 @@ def run(
     chunk: int = _core.DEFAULT_CHUNK,
 ) -> Run | list[Run]:
     batch = is_batch(x)
-    caches = list(cache) if isinstance(cache, (list, tuple)) else [cache] * (len(x) if batch else 1)
-    if batch and cache is not None and not isinstance(cache, (list, tuple)):
-        raise TypeError("cache is one cache for a batch; pass a list, one a row")
-    if not batch and isinstance(cache, (list, tuple)):
-        raise TypeError("cache is a list, but x is a single prompt; pass one cache")
-    if batch and len(caches) != len(x):
-        raise ValueError(f"cache has {len(caches)} entries for {len(x)} rows; pass one a row")
+    caches = row_caches(cache, len(x) if batch else None)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
     continued = any(given is not None and given.length > 0 for given in caches)
-    prompts = model.prepare(
-        x, thinking=thinking, bos=False if continued and bos == "auto" else bos
-    )
+    prompts = model.prepare(x, thinking=thinking, bos=False if continued and bos == "auto" else bos)
     points, skipped = hooks.select(capture, model.config.text) if capture else ([], [])
-    cap = _softcap(softcap)
+    cap = softcap_value(softcap)
     runs = []
     for prompt, given in zip(prompts if batch else [prompts], caches, strict=True):
         used = given if given is not None else model.new_cache()
@@ -122,21 +115,10 @@ def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:
     raise ValueError(f'logits is {logits!r}; expected "last", "all", None or a slice')
 
 
-def _softcap(softcap: float | str | None) -> float | None:
-    """None for the config's, 0.0 for none: what the engine takes."""
-    if isinstance(softcap, str):
-        if softcap == "config":
-            return None
-    elif softcap is None:
-        return 0.0
-    elif not isinstance(softcap, bool) and softcap > 0:
-        return float(softcap)
-    raise ValueError(f'softcap is {softcap!r}; expected "config", None, or a number above 0')
-
-
 def _shaped(array: np.ndarray, point: hooks.HookPoint, config: TextConfig) -> np.ndarray:
     """Gives captured rows [T, columns] the shape of their hook point."""
-    sizes = {"T": len(array), "L": config.num_hidden_layers, "P": config.hidden_size_per_layer_input}
+    per_layer = config.hidden_size_per_layer_input
+    sizes = {"T": len(array), "L": config.num_hidden_layers, "P": per_layer}
     if point.layer >= 0:
         sizes["H"] = config.layers[point.layer].head_dim
     letters = point.shape.strip("[]").split(", ")

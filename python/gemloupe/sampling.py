@@ -204,3 +204,14 @@ def _number(
     if not right:
         raise ValueError(f"{name} is {number:g}; expected {expected}")
     return number
+
+
+def softcap_value(softcap: Any) -> float | None:
+    """Returns the cap as the engine takes it: None for the config's, 0.0 for none."""
+    if isinstance(softcap, str) and softcap == "config":
+        return None
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not softcap > 0:
+        raise ValueError(f'softcap is {softcap!r}; expected "config", None, or a number above 0')
+    return float(softcap)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gemloupe import checkpoint, hub, safetensors_header
 from gemloupe.checkpoint import Checkpoint, expected_text_tensors
-from gemloupe.config import LayerSpec, ModelConfig, TextConfig
+from gemloupe.config import LayerConfig, ModelConfig, TextConfig
 from gemloupe.errors import format_bytes, one_of, quoted
 from gemloupe.towers import BUFFER_NAMES, tower_parameters
 from gemloupe.variants import VARIANTS, Variant
@@ -113,11 +113,11 @@ def bytes_per_decoded_token(
     return parameters.active * weight_bits / 8 + attended * kv_element
 
 
-def _storing(text: TextConfig) -> list[LayerSpec]:
+def _storing(text: TextConfig) -> list[LayerConfig]:
     return [layer for index, layer in enumerate(text.layers) if layer.kv_source == index]
 
 
-def _kv_width(layer: LayerSpec) -> int:
+def _kv_width(layer: LayerConfig) -> int:
     return 2 * layer.num_kv_heads * layer.head_dim
 
 
