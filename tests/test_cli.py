@@ -28,6 +28,9 @@ class CliModel(FakeModel):
     def generate(self, x: Any, **arguments: Any) -> Any:
         return generate(self, x, **arguments)
 
+    def run(self, ids: list[int], cache: FakeCache, logits: None) -> None:
+        cache.tokens += ids
+
     def new_cache(self) -> FakeCache:
         return FakeCache()
 
@@ -221,8 +224,7 @@ def test_a_chat_keeps_its_history_and_reads_only_what_is_new(
         "<bos><|turn>system\nbe kind<turn|>\n<|turn>user\nhi<turn|>\n<|turn>model\nHello.<turn|>\n"
         "<|turn>user\nand now?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>Hello."
     )
-    assert len(model.requests) == 1  # The second reply's session.
-    assert len(model.requests[0].ids) < len(cache.tokens) - len("Hello.")
+    assert len(model.requests[0].ids) == 1  # What the second reply's session still had to read.
 
 
 def test_chat_commands(
@@ -237,7 +239,7 @@ def test_chat_commands(
     assert "The conversation is forgotten.\nNew instructions, new conversation.\nok\n" in out
     assert "No command /rest. Did you mean '/reset'" in out and "? /help lists them.\n" in out
     assert "/system TEXT" in out
-    text = model.tokenizer.decode(model.requests[0].ids, skip_special=False)
+    text = model.tokenizer.decode(model.requests[0].cache.tokens, skip_special=False)
     assert "be kind" in text and "two" in text and "one" not in text and "three" not in text
 
 

@@ -13,6 +13,7 @@ import torch
 from gemloupe.config import ModelConfig, parse_config
 from gemloupe.prompt import Prompt, prepare
 from gemloupe.tokenizer import Tokenizer
+from snapshot_texts import assert_is_snapshot
 from tiny_models import save_tiny_tokenizer
 
 VOCAB_SIZE = 480
@@ -140,8 +141,10 @@ def test_a_str_given_to_a_chat_model_warns_once(folder: Path, tmp_path: Path) ->
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     tokenizer = Tokenizer(tmp_path)
-    with pytest.warns(UserWarning, match=r"a str is raw text.* use model.chat\(text\)"):
+    with pytest.warns(UserWarning) as caught:
         prepare(["a", "b"], tokenizer, None)
+    assert_is_snapshot("prompt", "a str given to a chat model", str(caught[0].message))
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare("a", tokenizer, None)
@@ -179,3 +182,20 @@ def test_wrong_inputs_say_what_and_where(
 def test_media_arguments_are_refused(tokenizer: Tokenizer, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}= is not in this version"):
         prepare("a", tokenizer, tokenizer.config, **{name: ["x.png"]})
+
+
+WRONG = {
+    "id out of vocabulary": [2, 480],
+    "unknown role": [{"role": "king", "content": "a"}],
+    "not a prompt": 3.5,
+    "empty batch row": ["a", []],
+    "one message": {"role": "user", "content": "a"},
+    "picture": [{"role": "user", "content": [{"type": "image"}]}],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_error_texts_end_with_what_to_do(tokenizer: Tokenizer, name: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        prepare(WRONG[name], tokenizer, tokenizer.config)
+    assert_is_snapshot("prompt", name, str(caught.value))
