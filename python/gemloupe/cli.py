@@ -254,6 +254,8 @@ def _system(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _run_generate(arguments: argparse.Namespace) -> None:
+    if arguments.json and arguments.stream:
+        raise ValueError("--json prints one object at the end; leave out --stream")
     prompt = arguments.prompt
     if prompt is None:
         if sys.stdin.isatty():

@@ -265,14 +265,20 @@ def _prepare_row(x: Any, arguments: _Arguments, name: str) -> Prompt:
     if isinstance(x, Prompt):
         return x
     tokenizer = arguments.tokenizer
+    if isinstance(x, (list, tuple)) and x and isinstance(x[0], Mapping):
+        return _prepare_chat(x, arguments, name)
+    if arguments.thinking or arguments.tools:
+        option = "thinking=True" if arguments.thinking else "tools="
+        raise ValueError(
+            f"{option} needs a chat, whose template turns it on, but {name} is no list of "
+            "messages; use model.chat(text), or pass messages"
+        )
     if isinstance(x, str):
         _warn_raw_text(tokenizer)
         ids = tokenizer.encode(x, bos=arguments.bos)
         return _prompt(ids, "text", arguments, f"{name} ({quoted(x)})")
     if isinstance(x, Mapping):
         raise TypeError(f"{name} is one message; a chat is a list of messages: pass [{name}]")
-    if isinstance(x, (list, tuple)) and x and isinstance(x[0], Mapping):
-        return _prepare_chat(x, arguments, name)
     return _prompt(_as_ids(x, name), "ids", arguments, name)
 
 
@@ -300,6 +306,11 @@ def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
+def _is_array_like(x: Any) -> bool:
+    """Whether NumPy can read `x` without DLPack, which refuses read-only arrays before NumPy 2."""
+    return isinstance(x, (list, tuple)) or hasattr(x, "__array__")
+
+
 def _as_ids(x: Any, name: str) -> np.ndarray:
     if isinstance(x, (list, tuple)):
         for index, value in enumerate(x):
@@ -313,7 +324,7 @@ def _as_ids(x: Any, name: str) -> np.ndarray:
             f"{name} must be a str, a list of messages, a list or 1-D array of ids, a Prompt, or a "
             f"list of these; got {type(x).__name__}"
         )
-    array = np.asarray(x) if not hasattr(x, "__dlpack__") else np.from_dlpack(x)
+    array = np.asarray(x) if _is_array_like(x) else np.from_dlpack(x)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {array.dtype}; expected integers (token ids)")
     if array.ndim != 1:

@@ -1,12 +1,12 @@
 """Text to token ids and back, with the checkpoint's own tokenizer.json.
 
-A Gemma 4 tokenizer takes a second or more to load and the `tokenizers` library keeps the GIL
-meanwhile, so nothing is loaded before text is first encoded or decoded; work on ids never needs it.
+A Gemma 4 tokenizer takes a second or more to load, so that is done when text is first encoded or
+decoded; work on ids never needs it. A background thread would not help: the `tokenizers` library
+keeps the GIL while it loads, and every other thread would stand still.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import threading
 from collections.abc import Iterable, Mapping
@@ -44,7 +44,6 @@ class Tokenizer:
         self.folder = Path(folder)
         self.config = config
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
         self._backend: tokenizers.Tokenizer | None = None
         self._special_ids: frozenset[int] = frozenset()
         self._chat_template: ChatTemplate | None = None
@@ -59,21 +58,6 @@ class Tokenizer:
     def loaded(self) -> bool:
         """Whether tokenizer.json has been read already."""
         return self._backend is not None
-
-    def prefetch(self) -> None:
-        """Starts loading on a background thread; the first call that needs text waits for it.
-
-        The library holds the GIL while it reads the file, so this helps only next to work that
-        runs outside Python.
-        """
-        if self._thread is None and not self.loaded:
-            self._thread = threading.Thread(target=self._try_load, daemon=True)
-            self._thread.start()
-
-    def _try_load(self) -> None:
-        # Whoever needs the tokenizer loads again and gets the error.
-        with contextlib.suppress(OSError, ValueError):
-            self._load()
 
     def _load(self) -> tokenizers.Tokenizer:
         with self._lock:
