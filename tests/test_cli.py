@@ -191,6 +191,11 @@ def test_json_is_one_object(
     assert data["timings"]["prefill_tokens"] == len(data["prompt_ids"])
 
 
+def test_json_is_not_streamed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "x", "--json", "--stream"]) == 2
+    assert "leave out --stream" in capsys.readouterr().err
+
+
 def test_the_prompt_may_come_from_a_pipe(
     answer: Callable[..., CliModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

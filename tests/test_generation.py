@@ -173,6 +173,18 @@ def test_if_the_call_raises_caches_are_as_before(folder: Path) -> None:
     assert model.session is not None and model.session.active == 0
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_long_prompt_shows_a_bar_on_a_terminal(
+    folder: Path,
+    is_terminal: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal)
+    _generate(FakeModel(folder, [EOS]), [5] * 2100)
+    assert ("reading the prompt" in capsys.readouterr().err) == is_terminal
+
+
 @pytest.mark.parametrize(("value", "expected"), [("config", None), (None, 0.0), (20, 20.0)])
 def test_softcap_reaches_the_session(folder: Path, value: Any, expected: float | None) -> None:
     model = FakeModel(folder, [EOS])

@@ -178,6 +178,14 @@ def test_wrong_inputs_say_what_and_where(
         prepare(x, tokenizer, tokenizer.config)
 
 
+@pytest.mark.parametrize("x", ["text", [5, 6], ["text"]])
+def test_thinking_and_tools_need_a_chat(tokenizer: Tokenizer, x: Any) -> None:
+    with pytest.raises(ValueError, match="thinking=True needs a chat"):
+        prepare(x, tokenizer, tokenizer.config, thinking=True)
+    with pytest.raises(ValueError, match=r"tools= needs a chat.* use model.chat\(text\)"):
+        prepare(x, tokenizer, tokenizer.config, tools=[{"name": "f"}])
+
+
 @pytest.mark.parametrize("name", ["images", "audio", "videos"])
 def test_media_arguments_are_refused(tokenizer: Tokenizer, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}= is not in this version"):

@@ -84,13 +84,11 @@ def test_bos_true_without_any_bos_is_a_value_error(folder: Path, tmp_path: Path)
 def test_nothing_is_loaded_before_text_needs_it(folder: Path) -> None:
     tokenizer = Tokenizer(folder, _config(bos_token_id=BOS, eos_token_id=1))
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.loaded) == (BOS, (1,), False)
-    tokenizer.prefetch()
     assert tokenizer.encode("a") and tokenizer.loaded
 
 
 def test_a_missing_file_is_an_error_only_when_text_needs_it(tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path)
-    tokenizer.prefetch()
     with pytest.raises(FileNotFoundError) as caught:
         tokenizer.encode("a")
     assert_is_snapshot("prompt", "missing tokenizer", str(caught.value), folder=tmp_path)
