@@ -13,10 +13,12 @@ namespace {
 // What the query at `position` may see, in a pass of its sequence that ends before `pass_end`.
 KeyRange VisibleKeys(const LayerSpec& spec, int64_t start, int64_t position, int64_t pass_end) {
   KeyRange range;
-  range.begin = spec.window == 0 ? start : std::max(start, position - spec.window + 1);
+  // The reference bounds the distance inclusively where attention looks both ways.
+  const int64_t reach = spec.bidirectional ? spec.window : spec.window - 1;
+  range.begin = spec.window == 0 ? start : std::max(start, position - reach);
   range.end = position + 1;
   if (spec.bidirectional) {
-    range.end = spec.window == 0 ? pass_end : std::min(pass_end, position + spec.window);
+    range.end = spec.window == 0 ? pass_end : std::min(pass_end, position + reach + 1);
   }
   return range;
 }

@@ -127,8 +127,11 @@ std::vector<LayerSpec> MakeLayerSpecs(const TextConfig& config) {
 
 std::vector<KvLayerSpec> MakeKvLayerSpecs(const TextConfig& config) {
   std::vector<KvLayerSpec> specs;
+  // Attention that looks both ways reaches one position further back.
+  const int64_t further = config.bidirectional == "all" ? 1 : 0;
   for (const LayerConfig& layer : config.layers) {
-    specs.push_back({layer.window, layer.num_kv_heads, layer.head_dim, layer.kv_source});
+    const int64_t window = layer.window == 0 ? 0 : layer.window + further;
+    specs.push_back({window, layer.num_kv_heads, layer.head_dim, layer.kv_source});
   }
   return specs;
 }

@@ -312,7 +312,7 @@ def _text_config(text: _Fields, *, unified: bool) -> TextConfig:
         text.refuse("use_bidirectional_attention", "null, 'vision' or 'all'")
     window = text.integer("sliding_window", 1024 if unified else 512, high=_MAX_POSITIONS)
     if bidirectional == "all":
-        window = window // 2 + 1  # transformers' rule: so many keys to each side, own included.
+        window = window // 2 + 1  # transformers' rule: the largest distance to either side.
 
     return TextConfig(
         vocab_size=text.integer("vocab_size", 262_144, high=_MAX_VOCAB),

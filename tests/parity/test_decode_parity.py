@@ -12,10 +12,13 @@ from tiny_models import VARIANTS, hf_run, random_ids, text_config
 
 @pytest.fixture(params=VARIANTS)
 def case(request, tiny):
-    """Returns (gemloupe model, ids of eight windows, transformers' logits [T, V], window)."""
+    """Returns (gemloupe model, ids, transformers' logits [T, V], window).
+
+    The ids span eight windows, and four storage blocks (64 positions), so that rings turn.
+    """
     model, folder = tiny(request.param)
     window = text_config(model).sliding_window
-    ids = random_ids(8 * window + 3)
+    ids = random_ids(max(8 * window, 4 * 64) + 3)
     return gl.load(folder, dtype="float32"), ids, hf_run(model, ids)["logits"], window
 
 
