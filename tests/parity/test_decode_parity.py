@@ -79,13 +79,24 @@ def test_a_truncated_cache_continues_as_if_never_longer(case):
     assert_logits_close(rows, want[4 * window :])
 
 
-def test_truncating_a_ring_beyond_its_window_is_refused(case):
-    model, ids, _want, window = case
-    cache = model.new_cache(max_tokens=len(ids))
-    model.run(ids, cache=cache, chunk=1)
+def test_truncating_a_ring_beyond_what_it_holds_is_refused(case):
+    model, _ids, _want, window = case
+    cache = model.new_cache(max_tokens=3000)
+    model.run(random_ids(3000), cache=cache, logits=None)
+    oldest = int(cache.layers[0].positions[0])
+    assert 0 < oldest <= 3000 - window  # A ring holds its window and little more.
     with pytest.raises(ValueError, match="sliding"):
-        cache.truncate(window // 2)
-    assert cache.length == len(ids)
+        cache.truncate(oldest)  # Its last token would see positions before the oldest one.
+    assert cache.length == 3000
+
+
+def test_a_ring_truncated_within_what_it_holds_goes_on_as_if_never_longer(case):
+    model, ids, want, window = case
+    cache = model.new_cache(max_tokens=len(ids) + 3)
+    model.run([*ids[: 4 * window], *random_ids(3, seed=9)], cache=cache, chunk=3)
+    cache.truncate(4 * window)
+    rows = model.run(ids[4 * window :], cache=cache, logits="all").logits
+    assert_logits_close(rows, want[4 * window :])
 
 
 def test_forks_go_on_independently(case):
