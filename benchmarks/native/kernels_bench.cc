@@ -102,9 +102,8 @@ void BenchMatmul(const KernelTable& kernels, int threads, int64_t k, const Align
                      k);
       });
       std::printf("%-8s %-8s  %d rows  %6.2f GB/s  %3.0f %% of %5.2f GB/s read  %6.1f Gflop/s\n",
-                  kernels.name, dtype.name, rows, rates.work * 1e-9,
-                  100 * rates.work / rates.read, rates.read * 1e-9,
-                  rates.work * 2 * rows / dtype.bytes * 1e-9);
+                  kernels.name, dtype.name, rows, rates.work * 1e-9, 100 * rates.work / rates.read,
+                  rates.read * 1e-9, rates.work * 2 * rows / dtype.bytes * 1e-9);
     }
   }
 }

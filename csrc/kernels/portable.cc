@@ -51,7 +51,8 @@ void Accumulate(float* dst, int64_t dst_stride, const float* coef, int64_t coef_
   for (int r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t c = 0; c < cols; ++c) {
-        dst[r * dst_stride + c] += coef[r * coef_stride + j] * kElement(value, j * value_stride + c);
+        dst[r * dst_stride + c] +=
+            coef[r * coef_stride + j] * kElement(value, j * value_stride + c);
       }
     }
   }

@@ -13,10 +13,11 @@ constexpr int64_t kBlockValues = 32;
 constexpr int64_t kStreams = 4;
 constexpr int kLineBytes = 64;
 
-// Vectors of columns whose sums are kept in registers, for kRows rows.
+// Vectors of columns whose sums are kept in registers. By rows, for 32 and for 16 registers:
+constexpr int kVecs32[] = {16, 8, 4, 4, 2, 2, 2, 2};
+constexpr int kVecs16[] = {8, 4, 4, 2, 1, 1, 1, 1};
 template <int kRows>
-constexpr int kVecs = kRegisters == 32 ? (kRows == 1 ? 16 : kRows == 2 ? 8 : kRows <= 4 ? 4 : 2)
-                                       : (kRows == 1 ? 8 : kRows <= 3 ? 4 : kRows == 4 ? 2 : 1);
+constexpr int kVecs = (kRegisters == 32 ? kVecs32 : kVecs16)[kRows - 1];
 
 // dst[r, c] += Σ_j coef[r, j] · value[j, c] for kRows × kVecs vectors of dst.
 template <class Element, int kRows, int kVecs>
@@ -97,8 +98,8 @@ template <class Element>
 GEMLOUPE_INLINE void Accumulate(float* dst, int64_t dst_stride, const float* coef,
                                 int64_t coef_stride, const void* value, int64_t value_stride,
                                 int rows, int64_t count, int64_t cols) {
-  using Function = void (*)(float*, int64_t, const float*, int64_t, const char*, int64_t, int64_t,
-                            int64_t);
+  using Function =
+      void (*)(float*, int64_t, const float*, int64_t, const char*, int64_t, int64_t, int64_t);
   static constexpr Function kByRows[] = {
       Columns<Element, 1>, Columns<Element, 2>, Columns<Element, 3>, Columns<Element, 4>,
       Columns<Element, 5>, Columns<Element, 6>, Columns<Element, 7>, Columns<Element, 8>};
@@ -109,8 +110,7 @@ GEMLOUPE_INLINE void Accumulate(float* dst, int64_t dst_stride, const float* coe
 }  // namespace
 
 void AccumulateF32(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                   const void* value, int64_t value_stride, int rows, int64_t count,
-                   int64_t cols) {
+                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols) {
   Accumulate<Float32>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols);
 }
 
@@ -121,8 +121,7 @@ void AccumulateBf16(float* dst, int64_t dst_stride, const float* coef, int64_t c
 }
 
 void AccumulateF16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                   const void* value, int64_t value_stride, int rows, int64_t count,
-                   int64_t cols) {
+                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols) {
   Accumulate<Float16>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols);
 }
 

@@ -12,8 +12,7 @@ namespace {
 
 // dst[i] = function(a[i], b[i]).
 template <class Function>
-GEMLOUPE_INLINE void Map(float* dst, const float* a, const float* b, int64_t n,
-                         Function function) {
+GEMLOUPE_INLINE void Map(float* dst, const float* a, const float* b, int64_t n, Function function) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) Store(dst + i, function(Load(a + i), Load(b + i)));
   if (i < n) {

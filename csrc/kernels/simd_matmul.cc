@@ -12,10 +12,11 @@ constexpr int kLineBytes = 64;
 constexpr int64_t kAheadBytes = 1024;
 
 // The weight rows are read as kStreams streams, far apart: stream o begins at row o · n / kStreams.
-// One stream alone does not saturate the memory.
+// One stream alone does not saturate the memory. By rows of src, for 32 and for 16 registers:
+constexpr int kStreams32[] = {8, 8, 4, 4, 4, 4, 3, 3};
+constexpr int kStreams16[] = {8, 4, 4, 2, 2, 2, 2, 2};
 template <int kRows>
-constexpr int kStreams = kRegisters == 32 ? (kRows <= 2 ? 8 : kRows <= 6 ? 4 : 3)
-                                          : (kRows == 1 ? 8 : kRows <= 3 ? 4 : 2);
+constexpr int kStreams = (kRegisters == 32 ? kStreams32 : kStreams16)[kRows - 1];
 // Rows of src whose sums fit in the registers beside those of the other streams.
 constexpr int kMaxBlockRows = kRegisters == 32 ? 8 : 4;
 

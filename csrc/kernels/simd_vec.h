@@ -26,9 +26,7 @@ constexpr int kRegisters = 32;  // vector registers
 using Vec = __m512;
 using Tail = __mmask16;  // the first `count` elements
 
-GEMLOUPE_INLINE Tail FirstElements(int64_t count) {
-  return static_cast<Tail>((1u << count) - 1);
-}
+GEMLOUPE_INLINE Tail FirstElements(int64_t count) { return static_cast<Tail>((1u << count) - 1); }
 
 GEMLOUPE_INLINE Vec Set(float x) { return _mm512_set1_ps(x); }
 GEMLOUPE_INLINE Vec Load(const float* p) { return _mm512_loadu_ps(p); }
@@ -142,9 +140,7 @@ GEMLOUPE_INLINE Vec Set(float x) { return _mm256_set1_ps(x); }
 GEMLOUPE_INLINE Vec Load(const float* p) { return _mm256_loadu_ps(p); }
 GEMLOUPE_INLINE Vec LoadTail(const float* p, Tail tail) { return _mm256_maskload_ps(p, tail.mask); }
 GEMLOUPE_INLINE void Store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
-GEMLOUPE_INLINE void StoreTail(float* p, Vec x, Tail tail) {
-  _mm256_maskstore_ps(p, tail.mask, x);
-}
+GEMLOUPE_INLINE void StoreTail(float* p, Vec x, Tail tail) { _mm256_maskstore_ps(p, tail.mask, x); }
 // Elements of the tail from x, the others from `rest`.
 GEMLOUPE_INLINE Vec Select(Tail tail, Vec x, Vec rest) {
   return _mm256_blendv_ps(rest, x, _mm256_castsi256_ps(tail.mask));
