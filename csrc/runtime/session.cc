@@ -189,7 +189,6 @@ Status Session::CheckRow(int row) const {
 Status Session::Cancel(int row) {
   GL_RETURN_IF_ERROR(CheckRow(row));
   rows_[static_cast<size_t>(row)]->done = true;
-  rows_[static_cast<size_t>(row)]->before.reset();
   return absl::OkStatus();
 }
 
