@@ -9,9 +9,11 @@ namespace py = pybind11;
 namespace gemloupe {
 namespace {
 
+using CachePtr = std::shared_ptr<KvCache>;
+
 // Keeps other threads' passes away from the cache while it is read or changed.
 template <typename Fn>
-auto WithLease(const std::shared_ptr<KvCache>& cache, Fn fn) {
+auto WithLease(const CachePtr& cache, Fn fn) {
   const KvLease lease = ValueOrThrow(KvLease::Take(cache));
   return fn();
 }
@@ -24,7 +26,7 @@ void CheckLayer(const KvCache& cache, int layer) {
 }
 
 // keys and values [S, K, H] of the positions that the layer holds.
-py::tuple ReadLayer(const std::shared_ptr<KvCache>& cache, int layer) {
+py::tuple ReadLayer(const CachePtr& cache, int layer) {
   CheckLayer(*cache, layer);
   const auto source = static_cast<size_t>(cache->layers()[static_cast<size_t>(layer)].source);
   const KvLayerSpec& spec = cache->layers()[source];
@@ -48,10 +50,20 @@ py::tuple ReadLayer(const std::shared_ptr<KvCache>& cache, int layer) {
 void BindKvCache(py::module_& module) {
   py::class_<KvCache, std::shared_ptr<KvCache>>(module, "KvCache",
                                                 "Keys and values of one sequence, by layer.")
-      .def_property_readonly("length", &KvCache::length, "Position of the next token.")
+      .def_property_readonly(
+          "length",
+          [](const CachePtr& cache) { return WithLease(cache, [&] { return cache->length(); }); },
+          "Position of the next token.")
       .def_property_readonly("start", &KvCache::start, "Position of the first token.")
-      .def_property_readonly("tokens", [](const KvCache& cache) { return cache.tokens(); })
-      .def_property_readonly("nbytes", &KvCache::nbytes, "Bytes of all layers.")
+      .def_property_readonly(
+          "tokens",
+          [](const CachePtr& cache) {
+            return WithLease(cache, [&] { return std::vector<int32_t>(cache->tokens()); });
+          })
+      .def_property_readonly(
+          "nbytes",
+          [](const CachePtr& cache) { return WithLease(cache, [&] { return cache->nbytes(); }); },
+          "Bytes of all layers.")
       .def_property_readonly("max_tokens",
                              [](const KvCache& cache) { return cache.options().max_tokens; })
       .def_property_readonly("dtype",
@@ -59,9 +71,9 @@ void BindKvCache(py::module_& module) {
       .def_property_readonly("num_layers",
                              [](const KvCache& cache) { return cache.layers().size(); })
       .def("layer_nbytes",
-           [](const KvCache& cache, int layer) {
-             CheckLayer(cache, layer);
-             return cache.layer_nbytes(layer);
+           [](const CachePtr& cache, int layer) {
+             CheckLayer(*cache, layer);
+             return WithLease(cache, [&] { return cache->layer_nbytes(layer); });
            },
            py::arg("layer"))
       .def("layer_window",
@@ -77,20 +89,20 @@ void BindKvCache(py::module_& module) {
            },
            py::arg("layer"), "The layer whose entries are read.")
       .def("first_position",
-           [](const KvCache& cache, int layer) {
-             CheckLayer(cache, layer);
-             return cache.FirstPosition(layer);
+           [](const CachePtr& cache, int layer) {
+             CheckLayer(*cache, layer);
+             return WithLease(cache, [&] { return cache->FirstPosition(layer); });
            },
            py::arg("layer"), "The oldest position held.")
       .def("read", &ReadLayer, py::arg("layer"),
            "(keys, values), float32 [S, K, H] each, of the positions held.")
       .def("truncate",
-           [](const std::shared_ptr<KvCache>& cache, int64_t length) {
+           [](const CachePtr& cache, int64_t length) {
              ThrowIfError(WithLease(cache, [&] { return cache->Truncate(length); }));
            },
            py::arg("length"), "Drops positions from `length` on.")
       .def("fork",
-           [](const std::shared_ptr<KvCache>& cache) {
+           [](const CachePtr& cache) {
              return WithLease(cache, [&] { return cache->Fork(); });
            },
            "An independent cache with the same content; blocks are shared until one writes.");
