@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from reference.attention import softmax
+from reference.mask import visible
+
 LOGIT_TOLERANCE = 1e-4
 TENSOR_TOLERANCE = 1e-4
 # A greedy token or an expert may differ only where the reference's own gap is below this.
@@ -67,3 +70,24 @@ def assert_experts_equal_or_tied(got: np.ndarray, probs: np.ndarray, name: str) 
         best_left_out = np.delete(p, chosen).max()
         assert len(set(chosen.tolist())) == k, f"{name}[{row}]: an expert twice"
         assert best_left_out - smallest < TIE, f"{name}[{row}]: {chosen}, probabilities {p}"
+
+
+def attention_and_bound(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, window: int | None, roundoff: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns z [T, N, H] in float64 and how far float32 attention on rounded keys may be off.
+
+    A score may be off by `roundoff` times the sum of |q||k|; a probability then by the factor
+    exp(2 * that); a weighted sum of values by this and the values' own roundoff.
+    """
+    group = q.shape[1] // keys.shape[1]
+    keys, values = (np.repeat(x.astype(np.float64), group, axis=1) for x in (keys, values))
+    q = q.astype(np.float64)
+    scores = np.einsum("tnh,snh->nts", q, keys)
+    size = np.einsum("tnh,snh->nts", np.abs(q), np.abs(keys))
+    seen = visible(np.arange(len(q)), window, bidirectional=False)
+    off = roundoff * np.where(seen, size, 0).max(axis=-1, keepdims=True)
+    pattern = softmax(np.where(seen, scores, -np.inf))
+    z = np.einsum("nts,snh->tnh", pattern, values)
+    factor = np.expm1(2 * off) + roundoff
+    return z, np.einsum("nts,snh->tnh", pattern * factor, np.abs(values))

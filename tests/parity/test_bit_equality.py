@@ -69,3 +69,27 @@ def test_capturing_changes_no_bit(tiny, variant):
     ids = random_ids(50)
     plain = model.run(ids, logits="all").logits
     assert np.array_equal(model.run(ids, logits="all", capture=["*"]).logits, plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_invariant_models_give_one_answer_for_all_chunks_and_threads(tiny, variant, dtype):
+    model, folder = tiny(variant, dtype="bfloat16")
+    ids = random_ids(8 * text_config(model).sliding_window + 3)
+    answers = [
+        gl.load(folder, dtype=dtype, threads=threads, invariant=True)
+        .run(ids, logits="all", chunk=chunk)
+        .logits
+        for threads, chunk in [(1, 512), (2, 512), (2, 1), (2, 7), (2, 33)]
+    ]
+    for other in answers[1:]:
+        assert np.array_equal(other, answers[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_invariant_batches_give_the_bits_of_each_row_alone(tiny, variant):
+    model = gl.load(tiny(variant)[1], dtype="float32", invariant=True)
+    batch = [*prompts(8), random_ids(60, seed=8), random_ids(3, seed=9)]
+    together = model.run(batch, logits="all")
+    for ids, run in zip(batch, together, strict=True):
+        assert np.array_equal(run.logits, model.run(ids, logits="all").logits)

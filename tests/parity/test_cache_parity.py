@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from parity_checks import assert_tensor_close
+from parity_checks import assert_tensor_close, attention_and_bound
 
 import gemloupe as gl
 import reference
 from reference import attention as reference_attention
-from reference.mask import visible
 from tiny_models import VARIANTS, hf_run, random_ids, text_config, text_model
 
 # Unit roundoff of each storage type: half a unit in the last place of its significand.
@@ -103,25 +102,6 @@ def test_half_precision_caches_cost_no_more_than_their_rounding(
     for chunk in (1, 512):
         got = mine.run(ids, logits="all", chunk=chunk).logits
         assert np.abs(got - exact).max() <= bound + 1e-4
-
-
-def attention_and_bound(q, keys, values, window, roundoff):
-    """Returns z [T, N, H] in float64 and how far float32 attention on rounded keys may be off.
-
-    A score may be off by `roundoff` times the sum of |q||k|; a probability then by the factor
-    exp(2 * that); a weighted sum of values by this and the values' own roundoff.
-    """
-    group = q.shape[1] // keys.shape[1]
-    keys, values = (np.repeat(x.astype(np.float64), group, axis=1) for x in (keys, values))
-    q = q.astype(np.float64)
-    scores = np.einsum("tnh,snh->nts", q, keys)
-    size = np.einsum("tnh,snh->nts", np.abs(q), np.abs(keys))
-    seen = visible(np.arange(len(q)), window, bidirectional=False)
-    off = roundoff * np.where(seen, size, 0).max(axis=-1, keepdims=True)
-    pattern = reference_attention.softmax(np.where(seen, scores, -np.inf))
-    z = np.einsum("nts,snh->tnh", pattern, values)
-    factor = np.expm1(2 * off) + roundoff
-    return z, np.einsum("nts,snh->tnh", pattern * factor, np.abs(values))
 
 
 @pytest.mark.parametrize("chunk", [1, 512])

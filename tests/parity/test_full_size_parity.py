@@ -1,9 +1,10 @@
 """Layers of the released sizes equal transformers, operation by operation.
 
-Tolerances come from the operands: a float32 dot product of K terms, whatever its order, is off by
-about sqrt(K) * u * |w||x| (u = 2^-24; rounding errors are independent, so they add like a random
-walk). Two implementations whose inputs already differ are compared with that bound plus the exact
-effect of the inputs' difference; so every operation is held to its own rounding.
+Tolerances come from the operands. A float32 dot product of K terms rounds K partial sums; these
+are about as large as the norm of the terms, |w x|, and their errors are independent, so they add
+like a random walk: sqrt(K) * u * |w x|, u = 2^-24, whatever the order. Two implementations whose
+inputs already differ are compared with that bound plus the exact effect of the inputs' difference;
+so every operation is held to its own rounding.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from full_size import FULL_SIZE, WINDOW, load_full_size, write_full_size
-from parity_checks import TIE, assert_experts_equal_or_tied
+from parity_checks import TIE, assert_experts_equal_or_tied, attention_and_bound
 from safetensors import safe_open
 
 import gemloupe as gl
@@ -88,10 +89,9 @@ def check_product(layer: Layer, out: str, source: str, weight_name: str) -> None
     (got, want), (got_x, want_x) = layer.pair(out), layer.pair(source)
     got, want, got_x, want_x = flat(got), flat(want), flat(got_x), flat(want_x)
     moved = (torch.from_numpy((got_x - want_x).astype(np.float32)) @ weight.T).numpy()
-    norms = torch.linalg.vector_norm(weight, dim=1).numpy()[None, :]
-    x_norms = np.linalg.norm(got_x, axis=1) + np.linalg.norm(want_x, axis=1)
+    squares = torch.from_numpy((got_x**2 + want_x**2).astype(np.float32)) @ weight.T**2
     walk = DEVIATIONS * UNIT_ROUNDOFF * weight.shape[1] ** 0.5
-    assert_within(got - want - moved, walk * norms * x_norms[:, None], out)
+    assert_within(got - want - moved, walk * squares.sqrt().numpy(), out)
 
 
 def check_norm(layer: Layer, out: str, source: str, weight_name: str | None) -> None:
@@ -112,6 +112,18 @@ def check_gate(layer: Layer, out: str, gate_point: str, factor_point: str) -> No
     slope = 1 / np.cosh(np.clip(inner, -40, 40)) ** 2
     roundoff = UNIT_ROUNDOFF * (16 + 8 * np.abs(inner) * slope)
     assert_within(got - exact, roundoff * np.abs(gate * factor), out)
+
+
+def check_attention(layer: Layer, source: Layer, window: int | None) -> None:
+    """Checks z of `layer`, whose keys and values are those of `source`."""
+    got, q = layer.pair("attn.z")[0], layer.pair("attn.rot_q")[0]
+    keys, values = source.pair("attn.rot_k")[0], source.pair("attn.v")[0]
+    roundoff = UNIT_ROUNDOFF * (q.shape[-1] + len(q))
+    exact, bound = attention_and_bound(q, keys, values, window, roundoff)
+    assert_within(got - exact, bound, "attn.z")
+    for point in ("attn.rot_q", "attn.rot_k"):
+        if layer.has(point):
+            assert_whole_tensor(*layer.pair(point), point)
 
 
 def check_layer(layer: Layer) -> None:
@@ -154,15 +166,18 @@ def test_full_size_layers_equal_transformers(name, tmp_path):
         gc.collect()
         points = {p for product in PRODUCTS for p in product[:2]} | {n[0] for n in NORMS}
         points |= {n[1] for n in NORMS} | {"resid_post", "per_layer.in", "mlp.hidden"}
-        points |= {"router.experts", "router.probs", "experts.out"}
+        points |= {"router.experts", "router.probs", "experts.out", "attn.rot_q", "attn.rot_k"}
         names = [n for n in want if n.split(".", 2)[-1] in points and n.startswith("layers.")]
         run = gl.load(tmp_path, dtype="float32").run(ids, logits="all", capture=names)
         got, logits = dict(run.captured), run.logits
         del run
         gc.collect()
-        for index in range(len(FULL_SIZE[name]["layer_types"])):
-            layer = Layer(tmp_path, index, got, want)
+        layers = [Layer(tmp_path, i, got, want) for i in range(len(FULL_SIZE[name]["layer_types"]))]
+        for index, layer in enumerate(layers):
             check_layer(layer)
+            is_sliding = FULL_SIZE[name]["layer_types"][index] == "sliding_attention"
+            source = layer if layer.has("attn.rot_k") else layers[index - 2]
+            check_attention(layer, source, WINDOW if is_sliding else None)
             if layer.has("router.experts"):
                 check_experts(layer)
             assert_whole_tensor(*layer.pair("resid_post"), "resid_post")
