@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
+
 from gemloupe.checkpoint import expected_text_tensors
 from gemloupe.config import parse_config
 from gemloupe.variants import VARIANTS
-from tqdm import tqdm
 
 PREFIX = "model.language_model."
 SINGLE_NAME = "model.safetensors"
@@ -180,7 +181,7 @@ def write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             for piece in block.pieces(tensor):
-                file.write(piece)
+                file.write(piece.data)
                 advance(piece.nbytes)
         # Otherwise the disk would still be writing while the first benchmark runs.
         file.flush()
@@ -250,7 +251,9 @@ def write_checkpoint(
     }
     with (
         remove_on_failure(folder),
-        tqdm(total=total, unit="B", unit_scale=True, desc=folder.name, leave=False, disable=None) as bar,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc=folder.name, leave=False, disable=None
+        ) as bar,
     ):
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
