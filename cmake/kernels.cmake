@@ -11,15 +11,19 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     list(APPEND warnings -Wno-maybe-uninitialized)
   endif()
+  set(optimize -O3 -fno-exceptions)
+  if(GEMLOUPE_SANITIZE)
+    # -O3 with checks takes minutes to compile.
+    set(optimize -O1 -g -fno-exceptions -fno-omit-frame-pointer -fsanitize=${GEMLOUPE_SANITIZE}
+                 -fno-sanitize-recover=all)
+  endif()
   foreach(isa avx2 avx512)
-    if(simd_sources)
-      add_library(gemloupe_kernels_${isa} OBJECT ${simd_sources})
-      target_include_directories(gemloupe_kernels_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
-      target_compile_definitions(gemloupe_kernels_${isa} PRIVATE GEMLOUPE_KERNEL_ISA=${isa}
-                                 GEMLOUPE_KERNEL_ISA_${isa}=1)
-      target_compile_options(gemloupe_kernels_${isa} PRIVATE ${flags_${isa}} ${warnings}
-                             -ffp-contract=off -O3)
-      target_sources(gemloupe_kernels INTERFACE $<TARGET_OBJECTS:gemloupe_kernels_${isa}>)
-    endif()
+    add_library(gemloupe_kernels_${isa} OBJECT ${simd_sources})
+    target_include_directories(gemloupe_kernels_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/csrc)
+    target_compile_definitions(gemloupe_kernels_${isa} PRIVATE GEMLOUPE_KERNEL_ISA=${isa}
+                               GEMLOUPE_KERNEL_ISA_${isa}=1)
+    target_compile_options(gemloupe_kernels_${isa} PRIVATE ${flags_${isa}} ${warnings}
+                           -ffp-contract=off ${optimize})
+    target_sources(gemloupe_kernels INTERFACE $<TARGET_OBJECTS:gemloupe_kernels_${isa}>)
   endforeach()
 endif()
