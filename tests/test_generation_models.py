@@ -16,6 +16,8 @@ import gemloupe as gl
 from gemloupe.conversation import Conversation
 from tiny_models import random_ids, save_tiny_tokenizer
 
+pytestmark = pytest.mark.core  # repeated for every instruction set
+
 RAGGED = [random_ids(n, seed=n) for n in (3, 40, 1, 17, 9, 5, 28, 12)]
 
 

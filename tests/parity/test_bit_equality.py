@@ -8,6 +8,8 @@ import pytest
 import gemloupe as gl
 from tiny_models import VARIANTS, random_ids, text_config
 
+pytestmark = pytest.mark.core  # repeated for every instruction set
+
 LENGTHS = (1, 5, 23, 2, 40, 13, 31, 8)
 
 

@@ -9,6 +9,8 @@ from parity_checks import assert_greedy, assert_logits_close
 import gemloupe as gl
 from tiny_models import VARIANTS, hf_run, random_ids, text_config
 
+pytestmark = pytest.mark.core  # repeated for every instruction set
+
 
 @pytest.fixture(params=VARIANTS)
 def case(request, tiny):
@@ -117,3 +119,39 @@ def test_generate_continues_a_warm_cache(case):
     model.run(ids[:-2], cache=cache)
     warm = model.generate(ids[-2:], max_new_tokens=9, temperature=0, cache=cache).ids
     assert list(warm) == list(whole)
+
+
+# Longer than a window and the default chunk of 512, so that rings wrap around more than once.
+LONG = 1_300
+
+
+@pytest.fixture(params=VARIANTS)
+def long_case(request, tiny):
+    """Returns (gemloupe model, LONG ids, transformers' logits [LONG, V])."""
+    model, folder = tiny(request.param)
+    ids = random_ids(LONG, seed=6)
+    return gl.load(folder, dtype="float32"), ids, hf_run(model, ids)["logits"]
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 512, LONG])
+def test_long_prompts_wrap_around_their_rings(long_case, chunk):
+    model, ids, want = long_case
+    assert_logits_close(model.run(ids, logits="all", chunk=chunk).logits, want)
+
+
+def test_decoding_after_a_long_prompt_equals_prefill(long_case):
+    model, ids, want = long_case
+    cache = model.new_cache(max_tokens=LONG)
+    model.run(ids[:-30], cache=cache)
+    fork = cache.fork()
+    rows = [model.run([token], cache=cache).logits for token in ids[-30:]]
+    assert_logits_close(np.concatenate(rows), want[-30:])
+    assert_logits_close(model.run(ids[-30:], cache=fork, logits="all").logits, want[-30:])
+
+
+def test_a_wrapped_ring_truncated_to_what_it_still_holds_goes_on(long_case):
+    model, ids, want = long_case
+    cache = model.new_cache(max_tokens=LONG + 5)
+    model.run([*ids[:-20], *random_ids(5, seed=2)], cache=cache)
+    cache.truncate(LONG - 20)
+    assert_logits_close(model.run(ids[-20:], cache=cache, logits="all").logits, want[-20:])

@@ -13,6 +13,8 @@ from parity_checks import (
 import gemloupe as gl
 from tiny_models import VARIANTS, hf_run, random_ids, text_config
 
+pytestmark = pytest.mark.core  # repeated for every instruction set
+
 
 def eight_windows(model) -> list[int]:
     return random_ids(8 * text_config(model).sliding_window + 3)
