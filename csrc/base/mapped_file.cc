@@ -17,15 +17,11 @@ Status ErrnoStatus(int error, const std::string& path) {
   const std::string message = absl::StrCat(path, ": ", std::strerror(error));
   switch (error) {
     case ENOENT:
-    case ENOTDIR:
-      return absl::NotFoundError(message);
+    case ENOTDIR: return absl::NotFoundError(message);
     case EACCES:
-    case EPERM:
-      return absl::PermissionDeniedError(message);
-    case ENOMEM:
-      return absl::ResourceExhaustedError(message);
-    default:
-      return absl::InvalidArgumentError(message);
+    case EPERM: return absl::PermissionDeniedError(message);
+    case ENOMEM: return absl::ResourceExhaustedError(message);
+    default: return absl::InvalidArgumentError(message);
   }
 }
 

@@ -41,20 +41,11 @@ Status CapIsa() {
     case Isa::kPortable:
       return absl::FailedPreconditionError(
           "oneDNN has no portable code; with GEMLOUPE_ISA=portable it must not be called");
-    case Isa::kAvx2:
-      cap = dnnl::cpu_isa::avx2;
-      break;
-    case Isa::kAvx512:
-      cap = dnnl::cpu_isa::avx512_core;
-      break;
-    case Isa::kAvx512Vnni:
-      cap = dnnl::cpu_isa::avx512_core_vnni;
-      break;
-    case Isa::kAvx512Bf16:
-      cap = dnnl::cpu_isa::avx512_core_bf16;
-      break;
-    default:
-      return absl::OkStatus();
+    case Isa::kAvx2: cap = dnnl::cpu_isa::avx2; break;
+    case Isa::kAvx512: cap = dnnl::cpu_isa::avx512_core; break;
+    case Isa::kAvx512Vnni: cap = dnnl::cpu_isa::avx512_core_vnni; break;
+    case Isa::kAvx512Bf16: cap = dnnl::cpu_isa::avx512_core_bf16; break;
+    default: return absl::OkStatus();
   }
   if (dnnl::set_max_cpu_isa(cap) != dnnl::status::success) {
     return absl::FailedPreconditionError(
@@ -184,12 +175,9 @@ Status Matmul(MatrixView<const T> src, MatrixView<const T> weight, Matrix dst,
     const std::string message = absl::StrCat("oneDNN matmul of ", dst.rows, " x ", dst.cols, " x ",
                                              src.cols, ": ", error.what());
     switch (error.status) {
-      case dnnl_out_of_memory:
-        return absl::ResourceExhaustedError(message);
-      case dnnl_unimplemented:
-        return absl::UnimplementedError(message);
-      default:
-        return absl::InternalError(message);
+      case dnnl_out_of_memory: return absl::ResourceExhaustedError(message);
+      case dnnl_unimplemented: return absl::UnimplementedError(message);
+      default: return absl::InternalError(message);
     }
   } catch (const std::bad_alloc&) {
     return absl::ResourceExhaustedError("oneDNN matmul: no memory for its scratchpad");
