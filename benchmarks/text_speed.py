@@ -129,12 +129,16 @@ def fits(line: Line, checkpoint: Checkpoint) -> str:
     if line.engine == "gemloupe":
         return ""
     elements = sum(tensor.info.elements for tensor in checkpoint.tensors.values())
-    needed = elements * KV_BYTES[line.dtype]
+    weights = elements * KV_BYTES[line.dtype]
+    # transformers maps weights of the stored type; others are a copy beside the files.
+    copied = line.dtype != checkpoint.dtype
+    files = sum(path.stat().st_size for path in checkpoint.files) if copied else 0
     available = _core.available_memory()
-    if needed + SPARE_BYTES <= available:
+    if weights + files + SPARE_BYTES <= available:
         return ""
+    beside = f" beside {files / 1e9:.1f} GB of files" if copied else ""
     return (
-        f"{line.name} was left out: its weights have {needed / 1e9:.1f} GB, and "
+        f"{line.name} was left out: its weights would take {weights / 1e9:.1f} GB{beside}, and "
         f"{available / 1e9:.1f} GB are free"
     )
 
@@ -280,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     checkpoint = open_checkpoint(arguments.checkpoint)
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    load_average = os.getloadavg()
+    load_average, at_commit = os.getloadavg(), commit()
     seconds = warm(checkpoint)
     notes = [f"the files were in the page cache: a second read took {seconds:.1f} s"]
     lines = choose_lines(arguments)
@@ -322,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "threads": arguments.threads,
         "date": date,
         "version": __version__,
-        "commit": commit(),
+        "commit": at_commit,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "load_average": load_average,
         "busy_cpus": busy,
