@@ -270,6 +270,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=_core.available_cpus())
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds")
     parser.add_argument("--peer-repeat", type=int, metavar="N", help="rounds with the peers")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     arguments = parser.parse_args(argv)
     arguments.peer_new = arguments.peer_new or arguments.new
@@ -310,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "attention": line.attention,
                 "threads": arguments.threads,
                 "prompts": arguments.prompt,
+                "seed": arguments.seed,
                 "new": arguments.peer_new if is_peer else arguments.new,
             }
             line.rounds.append(run_worker(spec))
