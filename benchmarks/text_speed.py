@@ -85,7 +85,8 @@ def run_worker(spec: dict[str, Any]) -> dict[str, Any]:
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"{spec['engine']} failed: {done.stderr.strip()[-2000:]}")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"{spec['engine']} {spec.get('dtype', '')} failed: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -180,7 +181,7 @@ def table(lines: list[Line], report: dict[str, Any]) -> str:
         ]
         for length in prompts:
             seconds = line.first_tokens(length)
-            cells.append(spread(seconds, 2))
+            cells.append(spread(seconds, 3))
             cells.append(spread([length / s for s in seconds], 1))
         size = report["bytes_per_token"][line.name]
         share = [100 * rate * size / bandwidth for rate in line.decode_rates()]
