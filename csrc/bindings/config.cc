@@ -22,7 +22,8 @@ void BindConfig(py::module_& module) {
       .def_readwrite("rotary_pairs", &LayerConfig::rotary_pairs)
       .def_readwrite("rope_factor", &LayerConfig::rope_factor);
 
-  py::class_<TextConfig>(module, "TextConfig", "The text decoder's config, as config.json names it.")
+  py::class_<TextConfig>(module, "TextConfig",
+                         "The text decoder's config, as config.json names it.")
       .def(py::init<>())
       .def_readwrite("vocab_size", &TextConfig::vocab_size)
       .def_readwrite("hidden_size", &TextConfig::hidden_size)

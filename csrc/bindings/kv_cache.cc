@@ -55,11 +55,11 @@ void BindKvCache(py::module_& module) {
           [](const CachePtr& cache) { return WithLease(cache, [&] { return cache->length(); }); },
           "Position of the next token.")
       .def_property_readonly("start", &KvCache::start, "Position of the first token.")
-      .def_property_readonly(
-          "tokens",
-          [](const CachePtr& cache) {
-            return WithLease(cache, [&] { return std::vector<int32_t>(cache->tokens()); });
-          })
+      .def_property_readonly("tokens",
+                             [](const CachePtr& cache) {
+                               return WithLease(
+                                   cache, [&] { return std::vector<int32_t>(cache->tokens()); });
+                             })
       .def_property_readonly(
           "nbytes",
           [](const CachePtr& cache) { return WithLease(cache, [&] { return cache->nbytes(); }); },
@@ -70,42 +70,46 @@ void BindKvCache(py::module_& module) {
                              [](const KvCache& cache) { return DTypeName(cache.options().dtype); })
       .def_property_readonly("num_layers",
                              [](const KvCache& cache) { return cache.layers().size(); })
-      .def("layer_nbytes",
-           [](const CachePtr& cache, int layer) {
-             CheckLayer(*cache, layer);
-             return WithLease(cache, [&] { return cache->layer_nbytes(layer); });
-           },
-           py::arg("layer"))
-      .def("layer_window",
-           [](const KvCache& cache, int layer) {
-             CheckLayer(cache, layer);
-             return cache.layers()[static_cast<size_t>(layer)].window;
-           },
-           py::arg("layer"), "Positions that a query sees; 0 for all.")
-      .def("layer_source",
-           [](const KvCache& cache, int layer) {
-             CheckLayer(cache, layer);
-             return cache.layers()[static_cast<size_t>(layer)].source;
-           },
-           py::arg("layer"), "The layer whose entries are read.")
-      .def("first_position",
-           [](const CachePtr& cache, int layer) {
-             CheckLayer(*cache, layer);
-             return WithLease(cache, [&] { return cache->FirstPosition(layer); });
-           },
-           py::arg("layer"), "The oldest position held.")
+      .def(
+          "layer_nbytes",
+          [](const CachePtr& cache, int layer) {
+            CheckLayer(*cache, layer);
+            return WithLease(cache, [&] { return cache->layer_nbytes(layer); });
+          },
+          py::arg("layer"))
+      .def(
+          "layer_window",
+          [](const KvCache& cache, int layer) {
+            CheckLayer(cache, layer);
+            return cache.layers()[static_cast<size_t>(layer)].window;
+          },
+          py::arg("layer"), "Positions that a query sees; 0 for all.")
+      .def(
+          "layer_source",
+          [](const KvCache& cache, int layer) {
+            CheckLayer(cache, layer);
+            return cache.layers()[static_cast<size_t>(layer)].source;
+          },
+          py::arg("layer"), "The layer whose entries are read.")
+      .def(
+          "first_position",
+          [](const CachePtr& cache, int layer) {
+            CheckLayer(*cache, layer);
+            return WithLease(cache, [&] { return cache->FirstPosition(layer); });
+          },
+          py::arg("layer"), "The oldest position held.")
       .def("read", &ReadLayer, py::arg("layer"),
            "(keys, values), float32 [S, K, H] each, of the positions held.")
-      .def("truncate",
-           [](const CachePtr& cache, int64_t length) {
-             ThrowIfError(WithLease(cache, [&] { return cache->Truncate(length); }));
-           },
-           py::arg("length"), "Drops positions from `length` on.")
-      .def("fork",
-           [](const CachePtr& cache) {
-             return WithLease(cache, [&] { return cache->Fork(); });
-           },
-           "An independent cache with the same content; blocks are shared until one writes.");
+      .def(
+          "truncate",
+          [](const CachePtr& cache, int64_t length) {
+            ThrowIfError(WithLease(cache, [&] { return cache->Truncate(length); }));
+          },
+          py::arg("length"), "Drops positions from `length` on.")
+      .def(
+          "fork",
+          [](const CachePtr& cache) { return WithLease(cache, [&] { return cache->Fork(); }); },
+          "An independent cache with the same content; blocks are shared until one writes.");
 
   module.def(
       "new_cache",

@@ -24,7 +24,8 @@ void BindSession(py::module_& module) {
       .def_readwrite("max_new_tokens", &RowRequest::max_new_tokens)
       .def_readwrite("sampling", &RowRequest::sampling)
       .def_readwrite("stop_ids", &RowRequest::stop_ids)
-      .def_readwrite("logprobs", &RowRequest::logprobs, "Alternatives to report; -1 for none at all.")
+      .def_readwrite("logprobs", &RowRequest::logprobs,
+                     "Alternatives to report; -1 for none at all.")
       .def_readwrite("prompt_logprobs", &RowRequest::prompt_logprobs)
       .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.");
 
@@ -43,28 +44,32 @@ void BindSession(py::module_& module) {
   py::class_<Session>(module, "Session", "Generates for many rows at once.")
       .def(py::init<std::shared_ptr<TextModel>, int64_t>(), py::arg("model"),
            py::arg("chunk") = kDefaultChunk)
-      .def("submit",
-           [](Session& session, const RowRequest& request) {
-             return ValueOrThrow(session.Submit(request));
-           },
-           py::arg("request"), "Adds a row and returns its number.")
-      .def("step",
-           [](Session& session) {
-             SignalCheck stopped;
-             StatusOr<std::vector<StepResult>> results = [&] {
-               const py::gil_scoped_release no_gil;
-               return session.Step([&] { return stopped(); });
-             }();
-             return ValueOrThrow(std::move(results));
-           },
-           "Runs one pass: a chunk of a prompt, or one token of each row.")
-      .def("cancel", [](Session& session, int row) { ThrowIfError(session.Cancel(row)); },
-           py::arg("row"))
-      .def("rollback", [](Session& session, int row) { ThrowIfError(session.Rollback(row)); },
-           py::arg("row"), "Ends a row and gives its cache the content it was submitted with.")
-      .def("cache",
-           [](const Session& session, int row) { return ValueOrThrow(session.Cache(row)); },
-           py::arg("row"))
+      .def(
+          "submit",
+          [](Session& session, const RowRequest& request) {
+            return ValueOrThrow(session.Submit(request));
+          },
+          py::arg("request"), "Adds a row and returns its number.")
+      .def(
+          "step",
+          [](Session& session) {
+            SignalCheck stopped;
+            StatusOr<std::vector<StepResult>> results = [&] {
+              const py::gil_scoped_release no_gil;
+              return session.Step([&] { return stopped(); });
+            }();
+            return ValueOrThrow(std::move(results));
+          },
+          "Runs one pass: a chunk of a prompt, or one token of each row.")
+      .def(
+          "cancel", [](Session& session, int row) { ThrowIfError(session.Cancel(row)); },
+          py::arg("row"))
+      .def(
+          "rollback", [](Session& session, int row) { ThrowIfError(session.Rollback(row)); },
+          py::arg("row"), "Ends a row and gives its cache the content it was submitted with.")
+      .def(
+          "cache", [](const Session& session, int row) { return ValueOrThrow(session.Cache(row)); },
+          py::arg("row"))
       .def_property_readonly("active", &Session::active, "Rows that are not finished.");
 }
 

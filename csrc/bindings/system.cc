@@ -10,8 +10,9 @@ namespace py = pybind11;
 namespace gemloupe {
 
 void BindSystem(py::module_& module) {
-  module.def("isa", [] { return IsaName(ValueOrThrow(SelectedIsa())); },
-             "The instruction set in use; ValueError for a bad GEMLOUPE_ISA.");
+  module.def(
+      "isa", [] { return IsaName(ValueOrThrow(SelectedIsa())); },
+      "The instruction set in use; ValueError for a bad GEMLOUPE_ISA.");
   module.def("detected_isa", [] { return IsaName(DetectedIsa()); });
   module.def("cpu_model", &CpuModelName);
   module.def("available_cpus", &AvailableCpus);

@@ -80,8 +80,7 @@ void BindTextModel(py::module_& module) {
       .def_readwrite("invariant", &TextModelOptions::invariant)
       .def_readwrite("threads", &TextModelOptions::threads)
       .def_property(
-          "kv_dtype",
-          [](const TextModelOptions& options) { return DTypeName(options.kv_dtype); },
+          "kv_dtype", [](const TextModelOptions& options) { return DTypeName(options.kv_dtype); },
           [](TextModelOptions& options, const std::string& name) {
             options.kv_dtype = ValueOrThrow(ParseDType(name));
           });
@@ -100,13 +99,16 @@ void BindTextModel(py::module_& module) {
            py::arg("logits_end"), py::arg("capture"), py::arg("softcap"), py::arg("chunk"),
            "One sequence through the model; its tokens are appended to the cache.");
 
-  module.def("hook_points", [] {
-    py::list points;
-    for (const HookPointInfo& info : HookPoints()) {
-      points.append(py::make_tuple(info.name, info.per_layer, info.shape));
-    }
-    return points;
-  }, "(name, of every layer?, shape) of each hook point, in model order.");
+  module.def(
+      "hook_points",
+      [] {
+        py::list points;
+        for (const HookPointInfo& info : HookPoints()) {
+          points.append(py::make_tuple(info.name, info.per_layer, info.shape));
+        }
+        return points;
+      },
+      "(name, of every layer?, shape) of each hook point, in model order.");
   module.attr("DEFAULT_CHUNK") = kDefaultChunk;
 }
 

@@ -59,9 +59,9 @@ Status CheckNoOverlap(std::string_view path, const std::vector<TensorEntry>& ent
             [](const TensorEntry* a, const TensorEntry* b) { return a->begin < b->begin; });
   for (size_t i = 1; i < by_offset.size(); ++i) {
     if (by_offset[i]->begin < by_offset[i - 1]->end) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(std::string(path), ": tensors ", by_offset[i - 1]->name, " and ",
-                       by_offset[i]->name, " overlap in the file"));
+      return absl::InvalidArgumentError(absl::StrCat(std::string(path), ": tensors ",
+                                                     by_offset[i - 1]->name, " and ",
+                                                     by_offset[i]->name, " overlap in the file"));
     }
   }
   return absl::OkStatus();

@@ -31,9 +31,8 @@ void WeightStore::AddView(std::string_view name, const TensorView& view) {
 StatusOr<TensorView> WeightStore::Take(std::string_view name, const std::vector<int64_t>& shape) {
   const auto it = tensors_.find(std::string(name));
   if (it == tensors_.end()) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor ", std::string(name), " ",
-                                                   ShapeString(shape),
-                                                   " is missing from the checkpoint"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tensor ", std::string(name), " ", ShapeString(shape), " is missing from the checkpoint"));
   }
   const Tensor& tensor = it->second;
   if (tensor.view.shape != shape) {

@@ -31,9 +31,7 @@ class Captures {
     if (Entry* entry = Find(point, layer)) Append(*entry, x);
   }
 
-  bool Wants(HookPoint point, int layer) const {
-    return index_.contains(Key(point, layer));
-  }
+  bool Wants(HookPoint point, int layer) const { return index_.contains(Key(point, layer)); }
   // The highest layer with a wanted point; −1 if there is none. The final norm and the logits count
   // as layer `num_layers`.
   int LastLayer(int num_layers) const;

@@ -62,7 +62,7 @@ enum class HookPoint : uint8_t {
 
 struct HookPointInfo {
   HookPoint point;
-  const char* name;   // without the "layers.{i}." of points that every layer has
+  const char* name;  // without the "layers.{i}." of points that every layer has
   bool per_layer;
   const char* shape;  // in the dimensions of design: T rows, D hidden, N heads, ...
 };

@@ -61,8 +61,8 @@ Status AttentionLayer::Project(ConstMatrix x, const PassContext& ctx, Matrix q, 
     GL_RETURN_IF_ERROR(Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}}, ctx.path));
     CopyRows(k, v);
   } else {
-    GL_RETURN_IF_ERROR(Linear(
-        x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}, {&weights_.v_proj, v}}, ctx.path));
+    GL_RETURN_IF_ERROR(
+        Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}, {&weights_.v_proj, v}}, ctx.path));
   }
   ctx.Visit(HookPoint::kAttnQProj, q);
   if (!spec_.shares_kv) {

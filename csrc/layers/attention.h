@@ -11,12 +11,12 @@
 namespace gemloupe {
 
 struct AttentionWeights {
-  TensorView q_proj;           // [N · H, D]
-  TensorView k_proj;           // [K · H, D]; empty in a sharing layer
-  TensorView v_proj;           // [K · H, D]; empty where values are keys, and in a sharing layer
-  TensorView o_proj;           // [D, N · H]
-  std::vector<float> q_norm;   // [H]
-  std::vector<float> k_norm;   // [H]; empty in a sharing layer
+  TensorView q_proj;          // [N · H, D]
+  TensorView k_proj;          // [K · H, D]; empty in a sharing layer
+  TensorView v_proj;          // [K · H, D]; empty where values are keys, and in a sharing layer
+  TensorView o_proj;          // [D, N · H]
+  std::vector<float> q_norm;  // [H]
+  std::vector<float> k_norm;  // [H]; empty in a sharing layer
 };
 
 // Grouped-query attention with q/k/v norms, RoPE and scaling 1, reading and writing the KV cache.

@@ -83,32 +83,30 @@ Status Experts::Forward(ConstMatrix x, const Routing& routing, const PassContext
   // hidden = gelu_tanh(gate x) · up x, one task an expert (or a slice of one).
   const int64_t slice = SliceSize(width, slots.groups.size(), threads);
   const int64_t slices = (width + slice - 1) / slice;
-  pool.ParallelFor(
-      static_cast<int64_t>(slots.groups.size()) * slices, [&](int64_t task, int worker) {
-        const Group& group = slots.groups[static_cast<size_t>(task / slices)];
-        const int64_t begin = task % slices * slice;
-        const int64_t end = std::min(width, begin + slice);
-        const Matrix src = gathered.RowRange(worker * most_rows, group.rows);
-        for (int64_t i = 0; i < group.rows; ++i) {
-          const int64_t row = slots.row[static_cast<size_t>(group.first + i)];
-          std::memcpy(src.row(i), x.row(row), static_cast<size_t>(hidden_size) * sizeof(float));
-        }
-        const TensorView gate_up = weights_.gate_up_proj.Slice(group.expert);
-        const Matrix gate(hidden.row(group.first) + begin, group.rows, end - begin, hidden.stride);
-        const Matrix up(up_scratch.row(worker * most_rows), group.rows, end - begin,
-                        up_scratch.stride);
-        note(LinearSlice(src, gate_up, begin, end, gate, ctx.path));
-        note(LinearSlice(src, gate_up, width + begin, width + end, up, ctx.path));
-        for (int64_t i = 0; i < group.rows; ++i) {
-          Kernels().gelu_mul(gate.row(i), gate.row(i), up.row(i), end - begin);
-        }
-      });
+  pool.ParallelFor(static_cast<int64_t>(slots.groups.size()) * slices, [&](int64_t task,
+                                                                           int worker) {
+    const Group& group = slots.groups[static_cast<size_t>(task / slices)];
+    const int64_t begin = task % slices * slice;
+    const int64_t end = std::min(width, begin + slice);
+    const Matrix src = gathered.RowRange(worker * most_rows, group.rows);
+    for (int64_t i = 0; i < group.rows; ++i) {
+      const int64_t row = slots.row[static_cast<size_t>(group.first + i)];
+      std::memcpy(src.row(i), x.row(row), static_cast<size_t>(hidden_size) * sizeof(float));
+    }
+    const TensorView gate_up = weights_.gate_up_proj.Slice(group.expert);
+    const Matrix gate(hidden.row(group.first) + begin, group.rows, end - begin, hidden.stride);
+    const Matrix up(up_scratch.row(worker * most_rows), group.rows, end - begin, up_scratch.stride);
+    note(LinearSlice(src, gate_up, begin, end, gate, ctx.path));
+    note(LinearSlice(src, gate_up, width + begin, width + end, up, ctx.path));
+    for (int64_t i = 0; i < group.rows; ++i) {
+      Kernels().gelu_mul(gate.row(i), gate.row(i), up.row(i), end - begin);
+    }
+  });
   GL_RETURN_IF_ERROR(status);
 
   // out += weight · down hidden: a task owns some outputs of every row and adds the experts in
   // ascending order, so neither threads nor tasks change the sum.
-  const int64_t out_slice =
-      std::max<int64_t>(32, (hidden_size + 4 * threads - 1) / (4 * threads));
+  const int64_t out_slice = std::max<int64_t>(32, (hidden_size + 4 * threads - 1) / (4 * threads));
   const int64_t out_slices = (hidden_size + out_slice - 1) / out_slice;
   const Matrix products = ctx.arena->NewMatrix(threads * most_rows, out_slice);
   pool.ParallelFor(out_slices, [&](int64_t task, int worker) {

@@ -45,7 +45,8 @@ Status Router::Forward(ConstMatrix resid, const PassContext& ctx, Routing& routi
       const int32_t expert = order[static_cast<size_t>(i)];
       experts[i] = expert;
       weights_norm.row(row)[i] = p[expert] / sum;
-      weights[i] = weights_norm.row(row)[i] * weights_.per_expert_scale[static_cast<size_t>(expert)];
+      weights[i] =
+          weights_norm.row(row)[i] * weights_.per_expert_scale[static_cast<size_t>(expert)];
     }
   }
   if (ctx.captures != nullptr) {

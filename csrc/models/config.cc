@@ -38,7 +38,8 @@ Status CheckLayer(const TextConfig& config, int index) {
   GL_RETURN_IF_ERROR(Positive("head_dim", layer.head_dim));
   GL_RETURN_IF_ERROR(Positive("num_kv_heads", layer.num_kv_heads));
   GL_RETURN_IF_ERROR(Positive("intermediate_size", layer.intermediate_size));
-  if (layer.head_dim % 2 != 0) return fail("head_dim is ", layer.head_dim, ", expected an even one");
+  if (layer.head_dim % 2 != 0)
+    return fail("head_dim is ", layer.head_dim, ", expected an even one");
   if (config.num_attention_heads % layer.num_kv_heads != 0) {
     return fail("num_kv_heads is ", layer.num_kv_heads, ", expected a divisor of ",
                 config.num_attention_heads, " (num_attention_heads)");
@@ -46,7 +47,8 @@ Status CheckLayer(const TextConfig& config, int index) {
   if (layer.rotary_pairs < 0 || layer.rotary_pairs > layer.head_dim / 2) {
     return fail("rotary_pairs is ", layer.rotary_pairs, ", expected 0 to ", layer.head_dim / 2);
   }
-  if (layer.rope_theta <= 0 || layer.rope_factor <= 0) return fail("RoPE theta or factor is not > 0");
+  if (layer.rope_theta <= 0 || layer.rope_factor <= 0)
+    return fail("RoPE theta or factor is not > 0");
   if (layer.kv_source < 0 || layer.kv_source > index) {
     return fail("kv_source is ", layer.kv_source, ", expected 0 to ", index);
   }
@@ -54,7 +56,8 @@ Status CheckLayer(const TextConfig& config, int index) {
   if (source.kv_source != layer.kv_source || source.kind != layer.kind ||
       source.head_dim != layer.head_dim || source.num_kv_heads != layer.num_kv_heads ||
       source.window != layer.window) {
-    return fail("kv_source ", layer.kv_source, " is not a storing layer of the same kind and sizes");
+    return fail("kv_source ", layer.kv_source,
+                " is not a storing layer of the same kind and sizes");
   }
   return absl::OkStatus();
 }
@@ -72,7 +75,8 @@ Status CheckConfig(const TextConfig& config) {
                                                    config.num_hidden_layers, ", but ",
                                                    config.layers.size(), " layers are described"));
   }
-  if (!(config.rms_norm_eps > 0)) return absl::InvalidArgumentError("config: rms_norm_eps is not > 0");
+  if (!(config.rms_norm_eps > 0))
+    return absl::InvalidArgumentError("config: rms_norm_eps is not > 0");
   if (config.hidden_size_per_layer_input > 0) {
     GL_RETURN_IF_ERROR(Positive("vocab_size_per_layer_input", config.vocab_size_per_layer_input));
   }

@@ -61,8 +61,7 @@ StatusOr<MlpWeights> ReadMlp(int64_t hidden, int64_t width, LayerReader& reader)
 }  // namespace
 
 StatusOr<DecoderLayer> DecoderLayer::Load(const TextConfig& config, const LayerSpec& spec,
-                                          int index, bool round_to_bfloat16,
-                                          WeightStore& weights) {
+                                          int index, bool round_to_bfloat16, WeightStore& weights) {
   LayerReader reader(index, round_to_bfloat16, weights);
   const auto eps = static_cast<float>(config.rms_norm_eps);
   const int64_t hidden = config.hidden_size;

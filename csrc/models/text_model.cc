@@ -33,8 +33,8 @@ TensorView RowRange(const TensorView& matrix, int64_t begin, int64_t end) {
 Status CheckIds(const TextConfig& config, const std::vector<int32_t>& ids) {
   for (const int32_t id : ids) {
     if (id < 0 || id >= config.vocab_size) {
-      return absl::InvalidArgumentError(absl::StrCat("token id ", id, " is outside the vocabulary (0 to ",
-                                                     config.vocab_size - 1, ")"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "token id ", id, " is outside the vocabulary (0 to ", config.vocab_size - 1, ")"));
     }
   }
   return absl::OkStatus();
@@ -96,9 +96,7 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
   return model;
 }
 
-int TextModel::threads() const {
-  return options_.threads > 0 ? options_.threads : AvailableCpus();
-}
+int TextModel::threads() const { return options_.threads > 0 ? options_.threads : AvailableCpus(); }
 
 Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits) {
   GL_RETURN_IF_ERROR(CheckIds(config_, request.batch.ids));
@@ -212,7 +210,8 @@ StatusOr<Matrix> TextModel::PerLayerInputs(ConstMatrix embed, int begin, int end
   const auto root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.hidden_size)));
   Scale(context, root, context);
   per_layer_projection_norm_.Forward(context, context);
-  GatherRows(embed_tokens_per_layer_, ctx.batch->ids.data(), begin * width, per_layer_scale_, token);
+  GatherRows(embed_tokens_per_layer_, ctx.batch->ids.data(), begin * width, per_layer_scale_,
+             token);
   Add(context, token, context);
   Scale(context, static_cast<float>(1.0 / std::sqrt(2.0)), context);
   return context;

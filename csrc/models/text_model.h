@@ -27,7 +27,7 @@ struct TextModelOptions {
   bool round_embed_scale = false;
   // Every row's bits are the same whatever the batch, the chunk and the thread count.
   bool invariant = false;
-  int threads = 0;  // 0: all available CPUs
+  int threads = 0;                   // 0: all available CPUs
   DType kv_dtype = DType::kFloat16;  // of caches that are made without naming one
 };
 

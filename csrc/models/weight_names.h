@@ -9,8 +9,8 @@
 // class ("model.language_model." or "model."). The engine spells them nowhere else.
 namespace gemloupe::names {
 
-inline constexpr char kEmbedTokens[] = "embed_tokens.weight";                            // [V, D]
-inline constexpr char kEmbedTokensPerLayer[] = "embed_tokens_per_layer.weight";          // [V, L·P]
+inline constexpr char kEmbedTokens[] = "embed_tokens.weight";                    // [V, D]
+inline constexpr char kEmbedTokensPerLayer[] = "embed_tokens_per_layer.weight";  // [V, L·P]
 inline constexpr char kPerLayerModelProjection[] = "per_layer_model_projection.weight";  // [L·P, D]
 inline constexpr char kPerLayerProjectionNorm[] = "per_layer_projection_norm.weight";    // [P]
 inline constexpr char kFinalNorm[] = "norm.weight";                                      // [D]

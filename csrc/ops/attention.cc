@@ -107,8 +107,8 @@ void Attention(ConstMatrix q, const KvView& kv, const KeyRange* ranges, Matrix z
   const bool by_head = q.rows == 1;
   const int64_t row_stride = by_head ? head_dim : q.stride;
   const int64_t z_stride = by_head ? head_dim : z.stride;
-  const int64_t lines = by_head ? kv.num_heads : heads;       // independent runs of rows
-  const int64_t line_rows = by_head ? group_heads : q.rows;   // rows of each
+  const int64_t lines = by_head ? kv.num_heads : heads;      // independent runs of rows
+  const int64_t line_rows = by_head ? group_heads : q.rows;  // rows of each
   int64_t tile = kTileRows;
   if (by_head) {
     // The heads that share keys are spread over the threads; few rows, so small tiles.

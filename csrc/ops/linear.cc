@@ -60,7 +60,8 @@ const uint8_t* RowData(const TensorView& weight, int64_t row) {
          static_cast<size_t>(row * weight.shape[1]) * DTypeSize(weight.dtype);
 }
 
-void KernelSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64_t end, Matrix dst) {
+void KernelSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64_t end,
+                 Matrix dst) {
   const MatmulKernel matmul = MatmulKernelFor(weight.dtype);
   const int64_t k = weight.shape[1];
   for (int64_t row = 0; row < src.rows; row += kMaxKernelRows) {
@@ -110,10 +111,10 @@ void ReportDispatch(Engine engine, ConstMatrix src, const TensorView& weight, Ma
                static_cast<long long>(src.rows), static_cast<long long>(src.cols),
                static_cast<long long>(weight.shape[0]), static_cast<long long>(weight.shape[1]),
                DTypeName(weight.dtype), EngineName(engine),
-               engine != Engine::kKernels              ? ""
-               : path == MatmulPath::kRowExact         ? " (row-exact pass)"
-               : src.rows <= kMaxKernelRows            ? " (few rows)"
-                                                       : " (portable)");
+               engine != Engine::kKernels      ? ""
+               : path == MatmulPath::kRowExact ? " (row-exact pass)"
+               : src.rows <= kMaxKernelRows    ? " (few rows)"
+                                               : " (portable)");
 }
 
 // The first failure among tasks that run at the same time.
@@ -187,8 +188,8 @@ Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, MatmulPath path)
   return error.Take();
 }
 
-Status LinearSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64_t end, Matrix dst,
-                   MatmulPath path) {
+Status LinearSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64_t end,
+                   Matrix dst, MatmulPath path) {
   switch (ChooseEngine(src.rows, weight.dtype, path)) {
     case Engine::kKernels: KernelSlice(src, weight, begin, end, dst); return absl::OkStatus();
     case Engine::kOnednnFloat32: return OnednnFloat32Slice(src, weight, begin, end, dst);

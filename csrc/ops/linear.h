@@ -33,8 +33,8 @@ inline Status Linear(ConstMatrix src, std::initializer_list<LinearJob> jobs, Mat
 
 // dst [T, end − begin] = src · weight[begin:end]ᵀ on the calling thread alone, for callers that split
 // the outputs over threads themselves (experts).
-Status LinearSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64_t end, Matrix dst,
-                   MatmulPath path);
+Status LinearSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64_t end,
+                   Matrix dst, MatmulPath path);
 
 }  // namespace gemloupe
 

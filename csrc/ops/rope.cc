@@ -38,14 +38,15 @@ RopeAngles ComputeRopeAngles(const std::vector<float>& inv_freq,
 
 void ApplyRope(const RopeAngles& angles, int64_t head_dim, Matrix x) {
   GL_CHECK(x.rows == angles.cos.rows && x.cols % head_dim == 0);
-  ForRows(x.rows, 2 * x.cols * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t column = 0; column < x.cols; column += head_dim) {
-        Kernels().rope(x.row(row) + column, angles.cos.row(row), angles.sin.row(row),
-                       angles.cos.cols, head_dim / 2);
-      }
-    }
-  });
+  ForRows(x.rows, 2 * x.cols * static_cast<int64_t>(sizeof(float)),
+          [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+              for (int64_t column = 0; column < x.cols; column += head_dim) {
+                Kernels().rope(x.row(row) + column, angles.cos.row(row), angles.sin.row(row),
+                               angles.cos.cols, head_dim / 2);
+              }
+            }
+          });
 }
 
 }  // namespace gemloupe

@@ -16,7 +16,8 @@ struct Candidate {
 
 // Descending logit, then ascending id; NaN last, so that the order is strict.
 bool Before(const Candidate& a, const Candidate& b) {
-  if (std::isnan(a.logit) || std::isnan(b.logit)) return !std::isnan(a.logit) && std::isnan(b.logit);
+  if (std::isnan(a.logit) || std::isnan(b.logit))
+    return !std::isnan(a.logit) && std::isnan(b.logit);
   return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
@@ -69,8 +70,7 @@ int32_t Sampler::Next(float* logits, int64_t vocab) {
   if (options_.temperature == 0.0f) {
     chosen = Largest(logits, vocab, 1)[0].id;
   } else {
-    const int64_t kept =
-        options_.top_k > 0 ? std::min(options_.top_k, vocab) : vocab;
+    const int64_t kept = options_.top_k > 0 ? std::min(options_.top_k, vocab) : vocab;
     std::vector<Candidate> candidates = Largest(logits, vocab, kept);
     const double best = candidates[0].logit;
     std::vector<double> probs(candidates.size());

@@ -46,8 +46,8 @@ StatusOr<int> Session::Submit(RowRequest request) {
   }
   for (const int32_t id : request.ids) {
     if (id < 0 || id >= model_->config().vocab_size) {
-      return absl::InvalidArgumentError(absl::StrCat("token id ", id, " in the prompt, expected 0 to ",
-                                                     model_->config().vocab_size - 1));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "token id ", id, " in the prompt, expected 0 to ", model_->config().vocab_size - 1));
     }
   }
   if (request.max_new_tokens < 1) {
@@ -66,8 +66,7 @@ StatusOr<int> Session::Submit(RowRequest request) {
   // The last new token is never read, so it needs no place.
   const int64_t room = cache.start() + cache.options().max_tokens - cache.length() - prompt + 1;
   request.max_new_tokens = std::min(request.max_new_tokens, room);
-  GL_RETURN_IF_ERROR(
-      CheckRoom(*model_, cache, prompt + request.max_new_tokens - 1, chunk_));
+  GL_RETURN_IF_ERROR(CheckRoom(*model_, cache, prompt + request.max_new_tokens - 1, chunk_));
   auto row = std::make_unique<Row>(std::move(request));
   row->before = row->request.cache->Fork();
   row->sampler.Observe(row->request.cache->tokens());
@@ -87,7 +86,8 @@ StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& sto
   if (decoding.empty()) return std::vector<StepResult>();
   // More rows than a pass takes go in turns.
   const size_t count = std::min<size_t>(decoding.size(), kMaxKernelRows);
-  std::rotate(decoding.begin(), decoding.begin() + static_cast<int64_t>(next_decode_ % decoding.size()),
+  std::rotate(decoding.begin(),
+              decoding.begin() + static_cast<int64_t>(next_decode_ % decoding.size()),
               decoding.end());
   next_decode_ = decoding.size() > count ? next_decode_ + count : 0;
   decoding.resize(count);
@@ -114,9 +114,9 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   const int64_t vocab = model_->config().vocab_size;
   if (wants_prompt) {
     for (int64_t at = begin; at < end && at + 1 < prompt; ++at) {
-      row.prompt_logprobs.push_back(ComputeLogprobs(
-          logits_.data() + (at - begin) * vocab, vocab,
-          row.request.ids[static_cast<size_t>(at) + 1], row.request.prompt_logprobs));
+      row.prompt_logprobs.push_back(ComputeLogprobs(logits_.data() + (at - begin) * vocab, vocab,
+                                                    row.request.ids[static_cast<size_t>(at) + 1],
+                                                    row.request.prompt_logprobs));
     }
   }
   row.prefilled = end;
@@ -202,8 +202,8 @@ Status Session::Rollback(int row) {
 }
 
 int Session::active() const {
-  return static_cast<int>(std::count_if(rows_.begin(), rows_.end(),
-                                        [](const auto& row) { return !row->done; }));
+  return static_cast<int>(
+      std::count_if(rows_.begin(), rows_.end(), [](const auto& row) { return !row->done; }));
 }
 
 StatusOr<std::shared_ptr<KvCache>> Session::Cache(int row) const {

@@ -23,7 +23,7 @@ struct RowRequest {
   int64_t max_new_tokens = 0;
   SamplingOptions sampling;
   std::vector<int32_t> stop_ids;
-  int logprobs = -1;         // most likely tokens to report beside each chosen one; −1: no logprobs
+  int logprobs = -1;  // most likely tokens to report beside each chosen one; −1: no logprobs
   int prompt_logprobs = -1;  // the same for the prompt's tokens
   std::optional<float> softcap;
 };
@@ -31,8 +31,8 @@ struct RowRequest {
 // What one step did to one row.
 struct StepResult {
   int row = 0;
-  int32_t token = -1;  // −1: a chunk of the prompt was read, no token yet
-  int64_t prefilled = 0;  // tokens of the prompt read so far
+  int32_t token = -1;         // −1: a chunk of the prompt was read, no token yet
+  int64_t prefilled = 0;      // tokens of the prompt read so far
   std::string finish_reason;  // "", "stop" or "length"
   std::optional<TokenLogprobs> logprobs;
   // With the first token: one entry a prompt token after the first.

@@ -30,8 +30,9 @@ uint64_t KvCache::BytesNeeded(const std::vector<KvLayerSpec>& layers, const KvCa
       positions = std::min(tokens, layers[i].window - 1 + chunk + kKvBlock);
     }
     const int64_t blocks = (positions + kKvBlock - 1) / kKvBlock;
-    bytes += static_cast<uint64_t>(blocks * kKvBlock * layers[i].num_heads * layers[i].head_dim * 2) *
-             DTypeSize(options.dtype);
+    bytes +=
+        static_cast<uint64_t>(blocks * kKvBlock * layers[i].num_heads * layers[i].head_dim * 2) *
+        DTypeSize(options.dtype);
   }
   return bytes;
 }
@@ -152,10 +153,11 @@ Status KvCache::Truncate(int64_t length) {
     if (first > options_.start) smallest = std::max(smallest, first + layers_[i].window - 1);
   }
   if (length < smallest) {
-    return absl::OutOfRangeError(absl::StrCat(
-        "truncate: length is ", length, ", but the sliding layers hold the window of positions from ",
-        smallest, " on only; truncate to ", smallest,
-        " or more, or make the cache with sliding=\"full\" to keep every position"));
+    return absl::OutOfRangeError(
+        absl::StrCat("truncate: length is ", length,
+                     ", but the sliding layers hold the window of positions from ", smallest,
+                     " on only; truncate to ", smallest,
+                     " or more, or make the cache with sliding=\"full\" to keep every position"));
   }
   tokens_.resize(static_cast<size_t>(length - options_.start));
   for (size_t i = 0; i < layers_.size(); ++i) {
