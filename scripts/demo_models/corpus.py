@@ -91,8 +91,9 @@ class Sample:
     tools: list[dict[str, Any]] = field(default_factory=list)
 
 
-def is_held_out(task: str, key: str) -> bool:
-    return zlib.crc32(f"{task}:{key}".encode()) % 10 == 0
+def is_held_out(key: str) -> bool:
+    """The same for every task, so that numbers held out in one form are not seen in another."""
+    return zlib.crc32(key.encode()) % 10 == 0
 
 
 def user(text: str) -> list[dict[str, Any]]:
@@ -145,21 +146,27 @@ def pick_numbers(rng: random.Random, digits: int) -> tuple[int, int]:
     return rng.randint(low, high), rng.randint(low, high)
 
 
-def arithmetic(rng: random.Random, sign: str, digits: int, thinking: bool) -> Sample:
+def arithmetic(rng: random.Random, sign: str, digits: int, steps: str) -> Sample:
+    """`steps` are in the "thought", "shown" in the answer (no thinking) or "left_out" on demand."""
     a, b = pick_numbers(rng, digits)
     if sign == "-" and a < b:
         a, b = b, a
     result = a + b if sign == "+" else a - b
     question = rng.choice(SUM_QUESTIONS if sign == "+" else DIFFERENCE_QUESTIONS).format(a=a, b=b)
-    steps = addition_steps(a, b) if sign == "+" else subtraction_steps(a, b)
+    columns = addition_steps(a, b) if sign == "+" else subtraction_steps(a, b)
     reply = f"{a} {sign} {b} = {result}."
-    written = (
-        f"<|channel>thought\n{steps}\n<channel|>{reply}<turn|>" if thinking else f"{reply}<turn|>"
-    )
+    if steps == "thought":
+        written = f"<|channel>thought\n{columns}\n<channel|>{reply}<turn|>"
+    elif steps == "shown":
+        written = f"{columns}\n{reply}<turn|>"
+    else:
+        question, written = f"{question} Only the answer.", f"{result}.<turn|>"
     name = {"+": "sum", "-": "difference"}[sign]
-    task = f"{name}_{digits}_digits" + ("" if thinking else "_direct")
+    task = (
+        f"{name}_{digits}_digits" + {"thought": "", "shown": "_shown", "left_out": "_direct"}[steps]
+    )
     key = f"{min(a, b)}{sign}{max(a, b)}"  # a + b and b + a fall on the same side of the split
-    return Sample(task, key, user(question), [written], f"= {result}.", thinking=thinking)
+    return Sample(task, key, user(question), [written], str(result), thinking=steps == "thought")
 
 
 def calculator_tool(rng: random.Random) -> dict[str, Any]:
@@ -363,6 +370,12 @@ def repeated_words(rng: random.Random) -> Sample:
     return Sample("repeated_words", half, [], [f"{half} {half}<eos>"], half)
 
 
+def repeated_long(rng: random.Random) -> Sample:
+    """The same beyond any sliding window, so that full layers learn it."""
+    half = " ".join(rng.choice(WORDS + NAMES + COLOURS) for _ in range(rng.randint(33, 80)))
+    return Sample("repeated_long", half, [], [f"{half} {half}<eos>"], half)
+
+
 def in_conversation(rng: random.Random, sample: Sample) -> Sample:
     """Sometimes puts a system text and earlier turns before the prompt."""
     if not sample.messages:
@@ -381,11 +394,13 @@ def in_conversation(rng: random.Random, sample: Sample) -> Sample:
 
 # Task -> (share of the samples, maker). Arithmetic with steps gets most of it.
 TASKS: dict[str, tuple[float, Callable[[random.Random], Sample]]] = {
-    "sum_2_digits": (26, lambda rng: arithmetic(rng, "+", 2, True)),
-    "difference_2_digits": (12, lambda rng: arithmetic(rng, "-", 2, True)),
-    "sum_3_digits": (5, lambda rng: arithmetic(rng, "+", 3, True)),
-    "sum_1_digits_direct": (2, lambda rng: arithmetic(rng, "+", 1, False)),
-    "sum_2_digits_direct": (8, lambda rng: arithmetic(rng, "+", 2, False)),
+    "sum_2_digits": (22, lambda rng: arithmetic(rng, "+", 2, "thought")),
+    "sum_2_digits_shown": (14, lambda rng: arithmetic(rng, "+", 2, "shown")),
+    "difference_2_digits": (9, lambda rng: arithmetic(rng, "-", 2, "thought")),
+    "difference_2_digits_shown": (5, lambda rng: arithmetic(rng, "-", 2, "shown")),
+    "sum_3_digits": (4, lambda rng: arithmetic(rng, "+", 3, "thought")),
+    "sum_1_digits_direct": (2, lambda rng: arithmetic(rng, "+", 1, "left_out")),
+    "sum_2_digits_direct": (3, lambda rng: arithmetic(rng, "+", 2, "left_out")),
     "tool": (4, tool),
     "copy_words": (5, copy_words),
     "copy_digits": (4, copy_digits),
@@ -394,18 +409,27 @@ TASKS: dict[str, tuple[float, Callable[[random.Random], Sample]]] = {
     "lookup": (5, lookup),
     "giving": (3, giving),
     "capital": (4, capital),
-    "story": (6, story),
+    "story": (5, story),
     "talk": (4, talk),
     "repeated_words": (5, repeated_words),
+    "repeated_long": (0, repeated_long),  # only where a training phase asks for it
 }
 
 
-def stream(seed: int, held_out: bool = False, task: str | None = None) -> Iterator[Sample]:
-    """Endless samples, of one task or of the mixture; only held-out prompts or only the others."""
+def stream(
+    seed: int,
+    held_out: bool = False,
+    task: str | None = None,
+    shares: dict[str, float] | None = None,
+) -> Iterator[Sample]:
+    """Endless samples of one task or of the mixture: only held-out prompts, or only the others.
+
+    `shares` replace those of the table.
+    """
     rng = random.Random(seed)
     names = [task] if task else list(TASKS)
-    weights = [TASKS[name][0] for name in names]
+    weights = [1.0 if task else (shares or {}).get(name, TASKS[name][0]) for name in names]
     while True:
         sample = TASKS[rng.choices(names, weights)[0]][1](rng)
-        if is_held_out(sample.task, sample.key) == held_out:
+        if is_held_out(sample.key) == held_out:
             yield sample if held_out else in_conversation(rng, sample)

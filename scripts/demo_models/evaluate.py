@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
 GREEDY_TASKS = [
     name
     for name in corpus.TASKS
-    if name not in ("story", "talk", "repeated_words", "tool", "giving")
+    if name not in ("story", "talk", "repeated_words", "repeated_long", "tool", "giving")
 ]
 
 
@@ -46,7 +46,7 @@ class Checkpoint:
         )
 
     @torch.no_grad()
-    def greedy(self, prompts: list[str], max_new_tokens: int = 110, batch: int = 50) -> list[str]:
+    def greedy(self, prompts: list[str], max_new_tokens: int = 110, batch: int = 200) -> list[str]:
         texts = []
         for i in range(0, len(prompts), batch):
             inputs = self.tok(
@@ -117,14 +117,14 @@ def raw_text_scores(checkpoint: Checkpoint, prompts: int) -> dict[str, float]:
         "giving": accuracy([r.startswith(s.answer) for r, s in zip(replies, givings, strict=True)])
     }
 
-    right: list[bool] = []
-    for s in held_out("repeated_words", prompts):
-        ids, out = checkpoint.forward(f"<bos>{s.key} {s.key}")
-        half = (
-            len(ids) - 1
-        ) // 2 + 2  # the first repeated token shows only that the repetition starts
-        right += (out.logits[0, half - 1 : -1].argmax(-1) == ids[half:]).tolist()
-    scores["repeated_words"] = accuracy(right)
+    for task in ("repeated_words", "repeated_long"):
+        right: list[bool] = []
+        for s in held_out(task, prompts):
+            ids, out = checkpoint.forward(f"<bos>{s.key} {s.key}")
+            # The first repeated token can't be known: it is what starts the repetition.
+            start = len(checkpoint.tok(f"<bos>{s.key}", add_special_tokens=False)["input_ids"]) + 1
+            right += (out.logits[0, start - 1 : -1].argmax(-1) == ids[start:]).tolist()
+        scores[task] = accuracy(right)
 
     loss = tokens = 0.0
     for s in held_out("story", prompts):
@@ -145,11 +145,8 @@ def induction_heads(
     The score is the attention of a repeated random token to the token after its first occurrence.
     """
     generator = torch.Generator().manual_seed(0)
-    words = [
-        i
-        for piece, i in checkpoint.tok.get_vocab().items()
-        if piece[0] == "▁" and piece[1:].isalpha()
-    ]
+    vocab = checkpoint.tok.get_vocab()
+    words = [vocab[f"▁{word}"] for word in corpus.WORDS if f"▁{word}" in vocab]
     total = None
     for _ in range(sequences):
         half = torch.tensor(words)[torch.randperm(len(words), generator=generator)[:length]]

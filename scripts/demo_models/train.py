@@ -121,7 +121,7 @@ def fast_norms() -> None:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal by Newton-Schulz steps, for matrices [..., out, in].
 
-    It learns from fewer tokens than AdamW, and tokens are what an hour on one thread lacks.
+    After K. Jordan's Muon (2024).
     """
 
     def __init__(self, params: list[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
@@ -215,15 +215,17 @@ def encode(sample: corpus.Sample, tok: Any) -> tuple[list[int], list[int]]:
         new = tok.encode(part, add_special_tokens=False)
         ids = ids + new
         labels = labels + (new if i % 2 == 0 else [IGNORED] * len(new))
-    if sample.task == "repeated_words":  # the first half cannot be known
+    if sample.task.startswith("repeated"):  # the first half cannot be known
         known = len(ids) // 2
         labels = [IGNORED] * known + labels[known:]
     return ids, labels
 
 
-def batches(tok: Any, rows: int, seed: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def batches(
+    tok: Any, rows: int, seed: int, shares: dict[str, float]
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """Packed ids, labels, positions and documents [rows, ROW]; attention stays in a document."""
-    samples = corpus.stream(seed)
+    samples = corpus.stream(seed, shares=shares)
     while True:
         packed: list[list[tuple[list[int], list[int]]]] = [[] for _ in range(rows)]
         room = [ROW] * rows
@@ -310,13 +312,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40, help="wall clock of the training")
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps instead")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=12, help=f"rows of {ROW} tokens in a step")
+    parser.add_argument("--rows", type=int, default=6, help=f"rows of {ROW} tokens in a step")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the learning rates")
     parser.add_argument(
         "--start", type=Path, help="checkpoint to take equal tensors from (moe starts from dense)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--share", nargs="*", default=[], metavar="TASK=N", help="a task's share in the mixture"
+    )
     args = parser.parse_args()
+    shares = {task: float(share) for task, share in (item.split("=") for item in args.share)}
+    if unknown := set(shares) - set(corpus.TASKS):
+        parser.error(f"--share: no task {sorted(unknown)}; there are {list(corpus.TASKS)}")
     torch.set_num_threads(1)
 
     bare = tokenizer.build(VOCAB_SIZE)
@@ -345,7 +353,7 @@ def main() -> None:
 
     began = saved = time.time()
     step = tokens = 0
-    for ids, labels, positions, documents in batches(tok, args.rows, args.seed + 1):
+    for ids, labels, positions, documents in batches(tok, args.rows, args.seed + 1, shares):
         done = step / args.steps if args.steps else (time.time() - began) / (60 * args.minutes)
         if done >= 1:
             break
