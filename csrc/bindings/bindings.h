@@ -27,8 +27,29 @@ T ValueOrThrow(StatusOr<T> value) {
 // A read-only array that owns `values`; nothing is copied.
 pybind11::array_t<float> ToArray(std::vector<float> values, std::vector<pybind11::ssize_t> shape);
 
+// Releases the GIL for a scope. While the interpreter shuts down it never comes back: a thread that
+// took the GIL then would be ended by Python in the middle of C++.
+class GilRelease {
+ public:
+  GilRelease() : state_(PyEval_SaveThread()) {}
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+  // Before 3.14, Python ends a thread that was waiting for the GIL by unwinding its stack.
+  ~GilRelease() noexcept(false);
+
+ private:
+  PyThreadState* state_;
+};
+
+// Calls fn without the GIL.
+template <typename Fn>
+auto WithoutGil(Fn fn) {
+  const GilRelease no_gil;
+  return fn();
+}
+
 // True, with the Python error set, once a signal's handler has raised (Ctrl-C). Call without the GIL,
-// as often as convenient: it looks every 50 ms.
+// as often as convenient: it looks every 50 ms, and on the main thread only, where handlers run.
 class SignalCheck {
  public:
   bool operator()();
@@ -37,6 +58,7 @@ class SignalCheck {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+void RememberMainThread();
 void BindConfig(pybind11::module_& module);
 void BindKvCache(pybind11::module_& module);
 void BindTextModel(pybind11::module_& module);

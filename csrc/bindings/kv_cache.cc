@@ -107,6 +107,15 @@ void BindKvCache(py::module_& module) {
           },
           py::arg("length"), "Drops positions from `length` on.")
       .def(
+          "restore",
+          [](const CachePtr& cache, const CachePtr& fork) {
+            WithLease(cache, [&] {
+              cache->Restore(*fork);
+              return true;
+            });
+          },
+          py::arg("fork"), "Takes over the content of a fork of this cache.")
+      .def(
           "fork",
           [](const CachePtr& cache) { return WithLease(cache, [&] { return cache->Fork(); }); },
           "An independent cache with the same content; blocks are shared until one writes.");

@@ -1,3 +1,6 @@
+#include <string>
+#include <thread>
+
 #include "bindings/bindings.h"
 
 namespace py = pybind11;
@@ -31,7 +34,32 @@ py::array_t<float> ToArray(std::vector<float> values, std::vector<py::ssize_t> s
   return array;
 }
 
+namespace {
+
+unsigned long main_thread = 0;  // NOLINT(google-runtime-int): the type of Python's function
+
+bool PythonIsFinalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
+}  // namespace
+
+GilRelease::~GilRelease() noexcept(false) {
+  while (PythonIsFinalizing()) std::this_thread::sleep_for(std::chrono::hours(1));
+  PyEval_RestoreThread(state_);
+}
+
+void RememberMainThread() {
+  main_thread =
+      py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
+}
+
 bool SignalCheck::operator()() {
+  if (PyThread_get_thread_ident() != main_thread) return false;
   const auto now = std::chrono::steady_clock::now();
   if (now - last_ < std::chrono::milliseconds(50)) return false;
   last_ = now;
@@ -44,6 +72,7 @@ bool SignalCheck::operator()() {
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ engine of gemloupe. Use it through the package's public functions.";
   module.attr("__version__") = GEMLOUPE_VERSION;
+  gemloupe::RememberMainThread();
   gemloupe::BindConfig(module);
   gemloupe::BindKvCache(module);
   gemloupe::BindTextModel(module);

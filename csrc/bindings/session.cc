@@ -47,30 +47,39 @@ void BindSession(py::module_& module) {
       .def(
           "submit",
           [](Session& session, const RowRequest& request) {
-            return ValueOrThrow(session.Submit(request));
+            return ValueOrThrow(WithoutGil([&] { return session.Submit(request); }));
           },
           py::arg("request"), "Adds a row and returns its number.")
       .def(
           "step",
           [](Session& session) {
             SignalCheck stopped;
-            StatusOr<std::vector<StepResult>> results = [&] {
-              const py::gil_scoped_release no_gil;
-              return session.Step([&] { return stopped(); });
-            }();
-            return ValueOrThrow(std::move(results));
+            return ValueOrThrow(
+                WithoutGil([&] { return session.Step([&] { return stopped(); }); }));
           },
           "Runs one pass: a chunk of a prompt, or one token of each row.")
       .def(
-          "cancel", [](Session& session, int row) { ThrowIfError(session.Cancel(row)); },
+          "cancel",
+          [](Session& session, int row) {
+            ThrowIfError(WithoutGil([&] { return session.Cancel(row); }));
+          },
           py::arg("row"))
       .def(
-          "rollback", [](Session& session, int row) { ThrowIfError(session.Rollback(row)); },
+          "rollback",
+          [](Session& session, int row) {
+            ThrowIfError(WithoutGil([&] { return session.Rollback(row); }));
+          },
           py::arg("row"), "Ends a row and gives its cache the content it was submitted with.")
       .def(
-          "cache", [](const Session& session, int row) { return ValueOrThrow(session.Cache(row)); },
+          "cache",
+          [](const Session& session, int row) {
+            return ValueOrThrow(WithoutGil([&] { return session.Cache(row); }));
+          },
           py::arg("row"))
-      .def_property_readonly("active", &Session::active, "Rows that are not finished.");
+      .def_property_readonly(
+          "active",
+          [](const Session& session) { return WithoutGil([&] { return session.active(); }); },
+          "Rows that are not finished.");
 }
 
 }  // namespace gemloupe

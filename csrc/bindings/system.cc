@@ -21,11 +21,7 @@ void BindSystem(py::module_& module) {
   module.def(
       "measure_bandwidth",
       [](int threads) {
-        StatusOr<double> bandwidth = [&] {
-          const py::gil_scoped_release no_gil;
-          return MeasureReadBandwidth(threads);
-        }();
-        return ValueOrThrow(std::move(bandwidth)) / 1e9;
+        return ValueOrThrow(WithoutGil([&] { return MeasureReadBandwidth(threads); })) / 1e9;
       },
       py::arg("threads"), "GB/s that this many threads read from memory.");
 }

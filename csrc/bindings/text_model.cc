@@ -22,7 +22,7 @@ std::shared_ptr<TextModel> Load(const TextConfig& config, const std::vector<File
     return !stopped();
   };
   StatusOr<std::unique_ptr<TextModel>> model = [&]() -> StatusOr<std::unique_ptr<TextModel>> {
-    const py::gil_scoped_release no_gil;
+    const GilRelease no_gil;
     WeightStore weights;
     for (const auto& [path, entries] : files) {
       GL_RETURN_IF_ERROR(weights.AddFile(path, entries));
@@ -52,11 +52,7 @@ py::tuple RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<K
   request.chunk = chunk;
   request.stopped = [&] { return stopped(); };
   std::vector<float> logits;
-  const Status status = [&] {
-    const py::gil_scoped_release no_gil;
-    return Run(model, request, logits);
-  }();
-  ThrowIfError(status);
+  ThrowIfError(WithoutGil([&] { return Run(model, request, logits); }));
   py::object rows = py::none();
   if (logits_end > logits_begin) {
     rows = ToArray(std::move(logits), {logits_end - logits_begin, model.config().vocab_size});

@@ -19,7 +19,10 @@ int Captures::LastLayer(int num_layers) const {
   int last = -1;
   for (const Entry& entry : entries_) {
     const bool after_layers = entry.point >= HookPoint::kFinalNorm;
-    last = std::max(last, after_layers ? num_layers : entry.layer);
+    // The inputs of all layers are gathered in one piece where every layer sees every row.
+    const bool of_all_layers = entry.point == HookPoint::kPerLayerInputs;
+    const int layer = of_all_layers ? num_layers - 1 : entry.layer;
+    last = std::max(last, after_layers ? num_layers : layer);
   }
   return last;
 }

@@ -79,6 +79,11 @@ Status CheckConfig(const TextConfig& config) {
     return absl::InvalidArgumentError("config: rms_norm_eps is not > 0");
   if (config.hidden_size_per_layer_input > 0) {
     GL_RETURN_IF_ERROR(Positive("vocab_size_per_layer_input", config.vocab_size_per_layer_input));
+    if (config.vocab_size_per_layer_input < config.vocab_size) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("config: vocab_size_per_layer_input is ", config.vocab_size_per_layer_input,
+                       ", expected at least vocab_size, ", config.vocab_size));
+    }
   }
   const bool has_experts = std::any_of(config.layers.begin(), config.layers.end(),
                                        [](const LayerConfig& layer) { return layer.has_experts; });

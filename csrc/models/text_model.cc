@@ -1,6 +1,7 @@
 #include "models/text_model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <utility>
 
@@ -47,7 +48,9 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
                                                      const ProgressFn& progress) {
   GL_RETURN_IF_ERROR(InitDispatch());
   GL_RETURN_IF_ERROR(CheckConfig(config));
+  static std::atomic<uint64_t> models{0};
   std::unique_ptr<TextModel> model(new TextModel());
+  model->id_ = ++models;
   model->config_ = config;
   model->options_ = options;
   model->weights_ = std::move(weights);
@@ -55,6 +58,13 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
   model->first_sharing_layer_ = FirstSharingLayer(config);
   for (const RopeSpec& rope : DistinctRopes(config)) {
     model->inv_freqs_.push_back(InverseFrequencies(rope));
+    for (const float frequency : model->inv_freqs_.back()) {
+      if (!std::isfinite(frequency)) {
+        return absl::InvalidArgumentError(absl::StrCat("config: rope_theta ", rope.theta,
+                                                       " with factor ", rope.factor,
+                                                       " gives no finite frequencies"));
+      }
+    }
   }
   model->embed_scale_ = SqrtScale(config.hidden_size, options.round_embed_scale);
   model->per_layer_scale_ =

@@ -59,6 +59,8 @@ class TextModel {
   const TextModelOptions& options() const { return options_; }
   const WeightStore& weights() const { return weights_; }
   const std::vector<KvLayerSpec>& kv_layers() const { return kv_layers_; }
+  // Unlike that of any other model of this process: a cache belongs to the model that fills it.
+  uint64_t id() const { return id_; }
   int threads() const;
 
  private:
@@ -69,6 +71,7 @@ class TextModel {
               const PassContext& ctx, std::vector<float>& logits) const;
   void SetBatch(const Batch& batch, PassContext& ctx) const;
 
+  uint64_t id_ = 0;
   TextConfig config_;
   TextModelOptions options_;
   WeightStore weights_;

@@ -14,6 +14,23 @@ std::string Gibibytes(uint64_t bytes) {
   return absl::StrFormat("%.2f GiB", static_cast<double>(bytes) / (1 << 30));
 }
 
+// Gives a cache its content back when the work on it ends early, by a status or by an exception.
+class RestoreUnlessDone {
+ public:
+  explicit RestoreUnlessDone(KvCache& cache) : cache_(cache), before_(cache.Fork()) {}
+  RestoreUnlessDone(const RestoreUnlessDone&) = delete;
+  RestoreUnlessDone& operator=(const RestoreUnlessDone&) = delete;
+  ~RestoreUnlessDone() {
+    if (!done_) cache_.Restore(*before_);
+  }
+  void Done() { done_ = true; }
+
+ private:
+  KvCache& cache_;
+  std::shared_ptr<KvCache> before_;
+  bool done_ = false;
+};
+
 Status CheckMemory(const std::vector<KvLayerSpec>& layers, const KvCacheOptions& options,
                    int64_t tokens, int64_t chunk, uint64_t held) {
   const uint64_t needed = KvCache::BytesNeeded(layers, options, tokens, chunk);
@@ -28,6 +45,11 @@ Status CheckMemory(const std::vector<KvLayerSpec>& layers, const KvCacheOptions&
 }  // namespace
 
 Status CheckRoom(const TextModel& model, const KvCache& cache, int64_t count, int64_t chunk) {
+  if (cache.options().model_id != model.id()) {
+    return absl::InvalidArgumentError(
+        "the cache belongs to another model, expected one of this model; make it with this model's "
+        "new_cache()");
+  }
   const int64_t limit = cache.start() + cache.options().max_tokens;
   if (cache.length() + count > limit) {
     return absl::OutOfRangeError(absl::StrCat(
@@ -59,18 +81,19 @@ StatusOr<std::shared_ptr<KvCache>> NewCache(const TextModel& model, KvCacheOptio
   } else {
     options.max_tokens = most - options.start;
   }
+  options.model_id = model.id();
   return std::make_shared<KvCache>(model.kv_layers(), options);
 }
 
 Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logits) {
   const auto count = static_cast<int64_t>(request.ids.size());
   KvCache& cache = *request.cache;
-  GL_RETURN_IF_ERROR(CheckRoom(model, cache, count, request.chunk));
   GL_ASSIGN_OR_RETURN(const KvLease lease, KvLease::Take(request.cache));
+  GL_RETURN_IF_ERROR(CheckRoom(model, cache, count, request.chunk));
   const bool bidirectional = model.config().bidirectional == "all";
   // A pass that sees later positions can't be cut.
   const int64_t chunk = bidirectional ? count : std::max<int64_t>(1, request.chunk);
-  const std::shared_ptr<KvCache> before = cache.Fork();
+  RestoreUnlessDone restore(cache);
   const int64_t vocab = model.config().vocab_size;
   logits.clear();
   logits.reserve(static_cast<size_t>((request.logits_end - request.logits_begin) * vocab));
@@ -86,16 +109,14 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
     pass.captures = request.captures;
     pass.softcap = request.softcap;
     pass.stopped = request.stopped;
-    if (const Status status = model.Forward(pass, chunk_logits); !status.ok()) {
-      cache.Restore(*before);
-      return status;
-    }
+    GL_RETURN_IF_ERROR(model.Forward(pass, chunk_logits));
     if (begin == 0 && end == count) {
       logits.swap(chunk_logits);
     } else {
       logits.insert(logits.end(), chunk_logits.begin(), chunk_logits.end());
     }
   }
+  restore.Done();
   return absl::OkStatus();
 }
 

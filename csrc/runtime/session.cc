@@ -41,6 +41,7 @@ Status CheckSampling(const TextModel& model, const SamplingOptions& options) {
 }  // namespace
 
 StatusOr<int> Session::Submit(RowRequest request) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   if (request.ids.empty()) {
     return absl::InvalidArgumentError("the prompt has no tokens; expected at least one (BOS)");
   }
@@ -60,6 +61,7 @@ StatusOr<int> Session::Submit(RowRequest request) {
     options.dtype = model_->options().kv_dtype;
     GL_ASSIGN_OR_RETURN(request.cache, NewCache(*model_, options, chunk_));
   }
+  GL_ASSIGN_OR_RETURN(const KvLease lease, KvLease::Take(request.cache));
   const KvCache& cache = *request.cache;
   const auto prompt = static_cast<int64_t>(request.ids.size());
   GL_RETURN_IF_ERROR(CheckRoom(*model_, cache, prompt, chunk_));
@@ -76,6 +78,11 @@ StatusOr<int> Session::Submit(RowRequest request) {
 }
 
 StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& stopped) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return StepLocked(stopped);
+}
+
+StatusOr<std::vector<StepResult>> Session::StepLocked(const std::function<bool()>& stopped) {
   std::vector<int> decoding;
   for (int i = 0; i < static_cast<int>(rows_.size()); ++i) {
     const Row& row = *rows_[static_cast<size_t>(i)];
@@ -100,7 +107,9 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   GL_ASSIGN_OR_RETURN(const KvLease lease, KvLease::Take(row.request.cache));
   const auto prompt = static_cast<int64_t>(row.request.ids.size());
   const bool wants_prompt = row.request.prompt_logprobs >= 0;
-  const int64_t chunk = wants_prompt ? std::min(chunk_, kLogitsChunk) : chunk_;
+  int64_t chunk = wants_prompt ? std::min(chunk_, kLogitsChunk) : chunk_;
+  // A pass that sees later positions can't be cut.
+  if (model_->config().bidirectional == "all") chunk = prompt;
   const int64_t begin = row.prefilled;
   const int64_t end = std::min(prompt, begin + chunk);
   PassRequest pass;
@@ -176,7 +185,7 @@ StepResult Session::Choose(int index, float* logits) {
   } else if (row.generated >= row.request.max_new_tokens) {
     result.finish_reason = "length";
   }
-  row.done = !result.finish_reason.empty();
+  row.done = row.done || !result.finish_reason.empty();
   return result;
 }
 
@@ -187,26 +196,34 @@ Status Session::CheckRow(int row) const {
 }
 
 Status Session::Cancel(int row) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   GL_RETURN_IF_ERROR(CheckRow(row));
   rows_[static_cast<size_t>(row)]->done = true;
   return absl::OkStatus();
 }
 
 Status Session::Rollback(int row) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   GL_RETURN_IF_ERROR(CheckRow(row));
   Row& ended = *rows_[static_cast<size_t>(row)];
   ended.done = true;
-  if (ended.before != nullptr) ended.request.cache->Restore(*ended.before);
+  if (ended.before == nullptr) return absl::OkStatus();
+  // A cache that another call is using stays as it is: that call decides what it holds.
+  if (const StatusOr<KvLease> lease = KvLease::Take(ended.request.cache); lease.ok()) {
+    ended.request.cache->Restore(*ended.before);
+  }
   ended.before.reset();
   return absl::OkStatus();
 }
 
 int Session::active() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
   return static_cast<int>(
       std::count_if(rows_.begin(), rows_.end(), [](const auto& row) { return !row->done; }));
 }
 
 StatusOr<std::shared_ptr<KvCache>> Session::Cache(int row) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
   GL_RETURN_IF_ERROR(CheckRow(row));
   return rows_[static_cast<size_t>(row)]->request.cache;
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -76,6 +77,7 @@ class Session {
   };
 
   Status CheckRow(int row) const;
+  StatusOr<std::vector<StepResult>> StepLocked(const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
                                            const std::function<bool()>& stopped);
@@ -83,6 +85,7 @@ class Session {
 
   std::shared_ptr<TextModel> model_;
   int64_t chunk_;
+  mutable std::mutex mutex_;  // one call at a time, from whatever thread
   std::vector<std::unique_ptr<Row>> rows_;
   size_t next_decode_ = 0;  // where the next group of decoding rows begins
   std::vector<float> logits_;

@@ -27,6 +27,7 @@ struct KvCacheOptions {
   int64_t max_tokens = 0;     // most tokens to be held; positions stay below start + max_tokens
   int64_t start = 0;          // position of the first token
   bool full_sliding = false;  // sliding layers keep every position, not only their window
+  uint64_t model_id = 0;      // the model whose keys and values these are
 };
 
 // Keys (after norm and RoPE) and values of one sequence, by layer. Storage is a run of blocks of

@@ -164,7 +164,7 @@ def row_caches(cache: Any, rows: int | None) -> list[KvCache | None]:
         raise TypeError("cache is a list, but x is a single prompt; pass one cache")
     if len(cache) != rows:
         raise ValueError(f"cache has {len(cache)} entries for {rows} rows; pass one a row")
-    given = [id(one) for one in cache if one is not None]
+    given = [id(getattr(one, "core", one)) for one in cache if one is not None]
     if len(set(given)) != len(given):
         raise ValueError("two rows share one cache; give each its own, such as cache.fork()")
     return list(cache)

@@ -296,6 +296,9 @@ def _text_config(text: _Fields, *, unified: bool) -> TextConfig:
         per_layer_input = text.integer("hidden_size_per_layer_input", 256, low=0, high=_MAX_WIDTH)
     if per_layer_input:
         vocab_per_layer_input = text.integer("vocab_size_per_layer_input", 262_144, high=_MAX_VOCAB)
+        vocab_size = text.integer("vocab_size", 262_144, high=_MAX_VOCAB)
+        if vocab_per_layer_input < vocab_size:
+            text.refuse("vocab_size_per_layer_input", f"at least vocab_size, {vocab_size}")
 
     num_experts = top_k = expert_width = 0
     if not unified and text.boolean("enable_moe_block", False):

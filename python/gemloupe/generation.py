@@ -320,6 +320,8 @@ class Generation:
         for result in results:
             index = self._numbers.index(result.row)
             row = self._rows[index]
+            if row.finish_reason:  # another thread closed the stream while this step ran
+                continue
             piece = row.take(result, seconds)
             self._bar.show(index, result.prefilled)
             if piece is not None:

@@ -48,6 +48,9 @@ def load(
     threads. `embed_scale`: √hidden_size as "float32" or rounded to "bfloat16", as a reference in
     that dtype holds it; "auto" follows dtype.
 
+    While a model is in use its files may be replaced (by renaming), not rewritten in place: the
+    engine reads them all the time, and a file cut short ends the process.
+
     Raises FileNotFoundError, ValueError (naming file, tensor or field, got and expected),
     ConnectionError (hub out of reach) and MemoryError (with the figures, before allocating).
     """

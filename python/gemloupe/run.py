@@ -11,7 +11,7 @@ import numpy as np
 from gemloupe import _core, hooks
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
-from gemloupe.errors import did_you_mean, quoted
+from gemloupe.errors import did_you_mean, one_of, quoted
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.sampling import softcap_value
 
@@ -72,32 +72,50 @@ def run(
 ) -> Run | list[Run]:
     batch = is_batch(x)
     caches = row_caches(cache, len(x) if batch else None)
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
     continued = any(given is not None and given.length > 0 for given in caches)
     prompts = model.prepare(x, thinking=thinking, bos=False if continued and bos == "auto" else bos)
     points, skipped = hooks.select(capture, model.config.text) if capture else ([], [])
+    if logits is None and (heads := [p.name for p in points if p.name.startswith("logits")]):
+        raise ValueError(
+            f'capture has {one_of(heads)}, but logits is None; expected "last", "all" or a slice: '
+            "only the rows that it asks for have logits"
+        )
     cap = softcap_value(softcap)
     runs = []
-    for prompt, given in zip(prompts if batch else [prompts], caches, strict=True):
-        used = given if given is not None else model.new_cache()
-        first = used.length
-        begin, end = _logits_rows(logits, len(prompt))
-        values, captured = model.core.run(
-            prompt.ids.tolist(),
-            used.core,
-            begin,
-            end,
-            [(point.index, point.layer) for point in points],
-            cap,
-            chunk,
-        )
-        shaped = {
-            point.name: _shaped(captured[point.name], point, model.config.text) for point in points
-        }
-        positions = np.arange(first, first + len(prompt))
-        runs.append(Run(prompt, values, shaped, used, positions, tuple(skipped)))
+    before = [(given, given.fork()) for given in caches if given is not None and batch]
+    try:
+        for prompt, given in zip(prompts if batch else [prompts], caches, strict=True):
+            runs.append(_run_row(model, prompt, given, logits, points, skipped, cap, chunk))
+    except BaseException:
+        for given, fork in before:  # rows that had succeeded: the call raises as a whole
+            given.core.restore(fork.core)
+        raise
     return runs if batch else runs[0]
+
+
+def _run_row(
+    model: Model,
+    prompt: Prompt,
+    given: KvCache | None,
+    logits: LogitsRows,
+    points: Sequence[hooks.HookPoint],
+    skipped: Sequence[str],
+    cap: float | None,
+    chunk: int,
+) -> Run:
+    used = given if given is not None else model.new_cache()
+    first = used.length
+    begin, end = _logits_rows(logits, len(prompt))
+    wanted = [(point.index, point.layer) for point in points]
+    values, captured = model.core.run(
+        prompt.ids.tolist(), used.core, begin, end, wanted, cap, chunk
+    )
+    text = model.config.text
+    shaped = {point.name: _shaped(captured[point.name], point, text) for point in points}
+    positions = np.arange(first, first + len(prompt))
+    return Run(prompt, values, shaped, used, positions, tuple(skipped))
 
 
 def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:

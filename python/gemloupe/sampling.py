@@ -212,6 +212,6 @@ def softcap_value(softcap: Any) -> float | None:
         return None
     if softcap is None:
         return 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not softcap > 0:
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or not 0 < softcap < 1e30:
         raise ValueError(f'softcap is {softcap!r}; expected "config", None, or a number above 0')
     return float(softcap)

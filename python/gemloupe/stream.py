@@ -37,8 +37,9 @@ class Piece:
 class Stream(Iterator[Piece]):
     """Generates while it is iterated over; also a context manager that closes itself.
 
-    An exception, Ctrl-C included, ends every row and gives caches that the caller passed their
-    earlier content; the model can be used on.
+    An exception of the model, Ctrl-C while it computes included, ends every row and gives caches
+    that the caller passed their earlier content; the model can be used on. Leaving a `with` block,
+    by an exception of the caller's own too, is `close()`: caches keep what was computed.
     """
 
     def __init__(self, generation: Generation, is_batch: bool) -> None:
