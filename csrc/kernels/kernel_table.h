@@ -66,7 +66,7 @@ struct KernelTable {
 
   // Largest element; n ≥ 1. NaN is ignored unless all are NaN (then −infinity).
   float (*max)(const float* x, int64_t n);
-  // dst = exp(src − shift); returns Σ dst. exp(−infinity) = 0. dst may be src, or null: sum only.
+  // dst = exp(src − shift), 0 where that is subnormal; returns Σ dst. exp(−infinity) = 0. dst may be src, or null: sum only.
   float (*exp_sum)(float* dst, const float* src, float shift, int64_t n);
 };
 

@@ -124,7 +124,8 @@ float Max(const float* x, int64_t n) {
 float ExpSum(float* dst, const float* src, float shift, int64_t n) {
   float sum = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const float e = std::exp(src[i] - shift);
+    const float exact = std::exp(src[i] - shift);
+    const float e = exact < 0x1p-126f ? 0.0f : exact;
     if (dst != nullptr) dst[i] = e;
     sum += e;
   }

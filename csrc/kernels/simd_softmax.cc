@@ -7,6 +7,9 @@
 
 namespace gemloupe::GEMLOUPE_KERNEL_ISA {
 
+// The products of softmax weights with values run many times slower on subnormal weights.
+constexpr float kSmallestNormal = 0x1p-126f;
+
 float Max(const float* x, int64_t n) {
   const Vec lowest = Set(-__builtin_inff());
   // Max keeps its second argument where x is NaN.
@@ -26,16 +29,17 @@ float Max(const float* x, int64_t n) {
 
 float ExpSum(float* dst, const float* src, float shift, int64_t n) {
   const Vec offset = Set(shift);
+  const Vec normal = Set(kSmallestNormal);
   Vec sum = Set(0.0f);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
-    const Vec e = Exp(Sub(Load(src + i), offset));
+    const Vec e = ZeroBelow(Exp(Sub(Load(src + i), offset)), normal);
     if (dst != nullptr) Store(dst + i, e);
     sum = Add(sum, e);
   }
   if (i < n) {
     const Tail tail = FirstElements(n - i);
-    const Vec e = Exp(Sub(LoadTail(src + i, tail), offset));
+    const Vec e = ZeroBelow(Exp(Sub(LoadTail(src + i, tail), offset)), normal);
     if (dst != nullptr) StoreTail(dst + i, e, tail);
     sum = Add(sum, Select(tail, e, Set(0.0f)));
   }

@@ -50,6 +50,10 @@ GEMLOUPE_INLINE Vec Round(Vec x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 GEMLOUPE_INLINE Vec Abs(Vec x) { return _mm512_andnot_ps(Set(-0.0f), x); }
+// x, or 0 where x < lowest; NaN stays.
+GEMLOUPE_INLINE Vec ZeroBelow(Vec x, Vec lowest) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), x);
+}
 GEMLOUPE_INLINE Vec CopySign(Vec magnitude, Vec sign) {
   return _mm512_or_ps(magnitude, _mm512_and_ps(Set(-0.0f), sign));
 }
@@ -158,6 +162,10 @@ GEMLOUPE_INLINE Vec Round(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 GEMLOUPE_INLINE Vec Abs(Vec x) { return _mm256_andnot_ps(Set(-0.0f), x); }
+// x, or 0 where x < lowest; NaN stays.
+GEMLOUPE_INLINE Vec ZeroBelow(Vec x, Vec lowest) {
+  return _mm256_and_ps(x, _mm256_cmp_ps(x, lowest, _CMP_NLT_UQ));
+}
 GEMLOUPE_INLINE Vec CopySign(Vec magnitude, Vec sign) {
   return _mm256_or_ps(magnitude, _mm256_and_ps(Set(-0.0f), sign));
 }

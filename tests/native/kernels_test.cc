@@ -530,7 +530,10 @@ TEST_P(Kernels, ExpIsWithinTwoUlps) {
   std::vector<float> y(x.size());
   kernels_->exp_sum(y.data(), x.data(), 0.0f, x.size());
   for (size_t i = 0; i < x.size(); ++i) {
-    ASSERT_LE(Ulps(y[i], std::exp(double(x[i]))), 2) << x[i] << " gives " << y[i];
+    const double exact = std::exp(double(x[i]));
+    if (y[i] == 0 && exact < 0x1.00001p-126) continue;  // subnormals become 0
+    ASSERT_LE(Ulps(y[i], exact), 2) << x[i] << " gives " << y[i];
+    ASSERT_GE(y[i], 0x1p-126f) << x[i];
   }
 }
 
