@@ -168,6 +168,7 @@ TEST_P(Model, StoppedPassLeavesTheCacheAsItWas) {
 TEST_P(Model, MissingAndMisshapenTensorsAreNamed) {
   TextConfig config = tiny_.config;
   config.vocab_size = 38;
+  config.vocab_size_per_layer_input = 38;
   const Status misshapen = TextModel::Load(config, tiny_.Weights(), {}, nullptr).status();
   EXPECT_EQ(misshapen.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_NE(misshapen.ToString().find(names::kEmbedTokens), std::string::npos);
