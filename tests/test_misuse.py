@@ -84,3 +84,15 @@ def test_the_interpreter_ends_while_a_daemon_thread_computes():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert ended.returncode == 0, ended.stderr.decode()
+
+
+def test_a_cache_that_can_not_fit_is_refused_before_it_is_made(tiny):
+    most = 1 << 24  # with these heads, terabytes
+    folder = tiny("31b", max_position_embeddings=most, head_dim=2048, global_head_dim=2048)[1]
+    large = gl.load(folder)
+    with pytest.raises(MemoryError, match="tokens in float16 needs .* GiB, but .* is available"):
+        large.new_cache(max_tokens=most, sliding="full")
+    with pytest.raises(MemoryError, match="ask for fewer tokens"):
+        large.generate([2, 3], max_new_tokens=most)
+    with pytest.raises(ValueError, match="expected 1 to 16777216"):
+        large.new_cache(max_tokens=most + 1)
