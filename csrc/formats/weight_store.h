@@ -33,7 +33,6 @@ class WeightStore {
   // A vector, widened to float32.
   StatusOr<std::vector<float>> TakeFloats(std::string_view name, int64_t size);
 
-  bool Has(std::string_view name) const { return tensors_.contains(std::string(name)); }
   // Bytes of private copies, and of mapped tensors that were taken.
   uint64_t copied_bytes() const { return copied_bytes_; }
   uint64_t mapped_bytes() const { return mapped_bytes_; }

@@ -79,10 +79,6 @@ StatusOr<int> Session::Submit(RowRequest request) {
 
 StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& stopped) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return StepLocked(stopped);
-}
-
-StatusOr<std::vector<StepResult>> Session::StepLocked(const std::function<bool()>& stopped) {
   std::vector<int> decoding;
   for (int i = 0; i < static_cast<int>(rows_.size()); ++i) {
     const Row& row = *rows_[static_cast<size_t>(i)];

@@ -77,7 +77,6 @@ class Session {
   };
 
   Status CheckRow(int row) const;
-  StatusOr<std::vector<StepResult>> StepLocked(const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
                                            const std::function<bool()>& stopped);
