@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+import torch
+import transformers
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "python/gemloupe/demo"
