@@ -29,23 +29,64 @@ uint32_t ShiftRightToNearestEven(uint32_t value, int shift) {
 
 }  // namespace
 
-size_t DTypeSize(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+namespace {
 
-const char* DTypeName(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return "float32";
-    case DType::kFloat16: return "float16";
-    case DType::kBfloat16: return "bfloat16";
-  }
-  return "unknown";
+struct Layout {
+  const char* name;
+  int64_t rows;      // matrix rows stored together
+  int64_t elements;  // elements of each row stored together
+  size_t bytes;      // of these
+};
+
+// In the order of DType. The sizes follow from kernels/blocks.h and kernels/packed_layout.h, whose
+// static_asserts check them.
+constexpr Layout kLayouts[kNumDTypes] = {
+    {"float32", 1, 1, 4},      {"float16", 1, 1, 2},      {"bfloat16", 1, 1, 2},
+    {"q4_0", 1, 32, 18},       {"q8_0", 1, 32, 34},       {"q4_k", 1, 256, 144},
+    {"q5_k", 1, 256, 176},     {"q6_k", 1, 256, 210},     {"int4", 16, 64, 576},
+    {"int6", 16, 64, 832},     {"int8", 16, 64, 1088},    {"int4_k", 16, 256, 2368},
+    {"int5_k", 16, 256, 2880}, {"int6_k", 16, 256, 3392},
+};
+
+const Layout& LayoutOf(DType dtype) { return kLayouts[static_cast<size_t>(dtype)]; }
+
+int64_t DivideUp(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+size_t DTypeSize(DType dtype) {
+  GL_CHECK(IsPlain(dtype));
+  return LayoutOf(dtype).bytes;
 }
 
+int64_t BlockElements(DType dtype) { return LayoutOf(dtype).elements; }
+
+size_t MatrixBytes(DType dtype, int64_t rows, int64_t cols) {
+  const Layout& layout = LayoutOf(dtype);
+  return static_cast<size_t>(DivideUp(rows, layout.rows) * DivideUp(cols, layout.elements)) *
+         layout.bytes;
+}
+
+size_t TensorBytes(DType dtype, const std::vector<int64_t>& shape) {
+  const size_t axes = shape.size();
+  const int64_t cols = axes > 0 ? shape[axes - 1] : 1;
+  const int64_t rows = axes > 1 ? shape[axes - 2] : 1;
+  size_t matrices = 1;
+  for (size_t i = 0; i + 2 < axes; ++i) matrices *= static_cast<size_t>(shape[i]);
+  return matrices * MatrixBytes(dtype, rows, cols);
+}
+
+const char* DTypeName(DType dtype) { return LayoutOf(dtype).name; }
+
 StatusOr<DType> ParseDType(std::string_view name) {
-  for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBfloat16}) {
-    if (name == DTypeName(dtype)) return dtype;
+  for (int i = 0; i < kNumDTypes; ++i) {
+    if (name == kLayouts[i].name) return static_cast<DType>(i);
   }
-  return absl::InvalidArgumentError(absl::StrCat("unknown dtype '", std::string(name),
-                                                 "'; expected float32, float16 or bfloat16"));
+  std::string names;
+  for (const Layout& layout : kLayouts)
+    absl::StrAppend(&names, names.empty() ? "" : ", ", layout.name);
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown dtype '", std::string(name), "'; expected one of ", names));
 }
 
 uint16_t FloatToBfloat16(float x) {

@@ -11,7 +11,7 @@ int64_t TensorView::size() const {
   return count;
 }
 
-size_t TensorView::byte_size() const { return static_cast<size_t>(size()) * DTypeSize(dtype); }
+size_t TensorView::byte_size() const { return TensorBytes(dtype, shape); }
 
 TensorView TensorView::Slice(int64_t i) const {
   GL_CHECK(!shape.empty() && i >= 0 && i < shape[0]);

@@ -54,6 +54,7 @@ MatmulKernel MatmulKernelFor(DType dtype) {
     case DType::kFloat32: return Kernels().matmul_f32;
     case DType::kFloat16: return Kernels().matmul_f16;
     case DType::kBfloat16: return Kernels().matmul_bf16;
+    default: break;
   }
   GL_CHECK(false);
   return nullptr;
@@ -64,6 +65,7 @@ AccumulateKernel AccumulateKernelFor(DType dtype) {
     case DType::kFloat32: return Kernels().accumulate_f32;
     case DType::kFloat16: return Kernels().accumulate_f16;
     case DType::kBfloat16: return Kernels().accumulate_bf16;
+    default: break;
   }
   GL_CHECK(false);
   return nullptr;
@@ -74,6 +76,7 @@ void WidenToFloat(float* dst, const void* src, DType dtype, int64_t n) {
     case DType::kFloat32: std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float)); return;
     case DType::kFloat16: Kernels().f16_to_f32(dst, src, n); return;
     case DType::kBfloat16: Kernels().bf16_to_f32(dst, src, n); return;
+    default: GL_CHECK(IsPlain(dtype));
   }
 }
 
@@ -82,6 +85,7 @@ void RoundFromFloat(void* dst, const float* src, DType dtype, int64_t n) {
     case DType::kFloat32: std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(float)); return;
     case DType::kFloat16: Kernels().f32_to_f16(static_cast<uint16_t*>(dst), src, n); return;
     case DType::kBfloat16: Kernels().f32_to_bf16(static_cast<uint16_t*>(dst), src, n); return;
+    default: GL_CHECK(IsPlain(dtype));
   }
 }
 

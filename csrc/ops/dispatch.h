@@ -21,11 +21,11 @@ Status InitDispatch();
 Isa ActiveIsa();
 const KernelTable& Kernels();
 
-// The kernels that read stored elements of `dtype`.
+// The kernels that read stored elements of a plain `dtype`.
 MatmulKernel MatmulKernelFor(DType dtype);
 AccumulateKernel AccumulateKernelFor(DType dtype);
 
-// dst[i] = src[i] for i < n, widened to float32; and rounded to `dtype`.
+// dst[i] = src[i] for i < n, widened to float32; and rounded to a plain `dtype`.
 void WidenToFloat(float* dst, const void* src, DType dtype, int64_t n);
 void RoundFromFloat(void* dst, const float* src, DType dtype, int64_t n);
 
