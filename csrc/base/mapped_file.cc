@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -12,6 +13,34 @@
 
 namespace gemloupe {
 namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Maps the file at a multiple of 2 MiB: into the middle of a larger reservation, whose rest goes back.
+void* MapAligned(int fd, size_t size) {
+  const size_t reserved = size + kHugePage;
+  if (reserved < size) {
+    errno = ENOMEM;
+    return MAP_FAILED;
+  }
+  void* reservation =
+      mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reservation == MAP_FAILED) return MAP_FAILED;
+  auto* begin = static_cast<uint8_t*>(reservation);
+  const size_t head = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
+  void* data = mmap(begin + head, size, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+  if (data == MAP_FAILED) {
+    const int error = errno;
+    munmap(reservation, reserved);
+    errno = error;
+    return MAP_FAILED;
+  }
+  if (head > 0) munmap(begin, head);
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t mapped = (size + page - 1) / page * page;
+  if (head + mapped < reserved) munmap(begin + head + mapped, reserved - head - mapped);
+  return data;
+}
 
 Status ErrnoStatus(int error, const std::string& path) {
   const std::string message = absl::StrCat(path, ": ", std::strerror(error));
@@ -49,7 +78,7 @@ StatusOr<std::shared_ptr<const MappedFile>> MappedFile::Open(std::string_view pa
   }
   const size_t size = static_cast<size_t>(info.st_size);
   if (size == 0) return std::shared_ptr<const MappedFile>(std::move(file));  // mmap refuses it
-  void* data = mmap(nullptr, size, PROT_READ, MAP_SHARED, opened.fd, 0);
+  void* data = MapAligned(opened.fd, size);
   if (data == MAP_FAILED) return ErrnoStatus(errno, file->path_);
   file->data_ = static_cast<const uint8_t*>(data);
   file->size_ = size;
@@ -58,6 +87,33 @@ StatusOr<std::shared_ptr<const MappedFile>> MappedFile::Open(std::string_view pa
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(const_cast<uint8_t*>(data_), size_);
+}
+
+void MappedFile::ExpectWhole(const void* begin, size_t bytes) const {
+  Advise(begin, bytes, MADV_HUGEPAGE);
+}
+
+void MappedFile::ExpectScattered(const void* begin, size_t bytes) const {
+  Advise(begin, bytes, MADV_NOHUGEPAGE);
+  Advise(begin, bytes, MADV_RANDOM);
+}
+
+void MappedFile::Prefetch(const void* begin, size_t bytes) const {
+  Advise(begin, bytes, MADV_WILLNEED);
+}
+
+void MappedFile::Drop(const void* begin, size_t bytes) const {
+  Advise(begin, bytes, MADV_DONTNEED);
+}
+
+void MappedFile::Advise(const void* begin, size_t bytes, int advice) const {
+  if (data_ == nullptr || begin < data_ || begin >= data_ + size_) return;
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const auto offset = static_cast<size_t>(static_cast<const uint8_t*>(begin) - data_);
+  const size_t first = offset / page * page;
+  const size_t end = std::min(size_, offset + std::min(bytes, size_ - offset));
+  // A wish: the kernel may lack it.
+  madvise(const_cast<uint8_t*>(data_) + first, end - first, advice);
 }
 
 }  // namespace gemloupe

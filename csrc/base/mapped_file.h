@@ -11,7 +11,8 @@
 
 namespace gemloupe {
 
-// A file mapped read-only and shared; unmapped when the last owner goes.
+// A file mapped read-only and shared, at an address that is a multiple of 2 MiB so that a page cache of
+// 2 MiB pages can be mapped as such; unmapped when the last owner goes.
 class MappedFile {
  public:
   // NotFound, PermissionDenied, or InvalidArgument for what is not a regular file.
@@ -25,7 +26,19 @@ class MappedFile {
   size_t size() const { return size_; }
   const std::string& path() const { return path_; }
 
+  // Advice on bytes of the mapping, for whole pages; other bytes and null are left alone.
+  // They will be read in full, again and again: 2 MiB pages where the file has them.
+  void ExpectWhole(const void* begin, size_t bytes) const;
+  // Little of them will be read, here and there: nothing is read ahead.
+  void ExpectScattered(const void* begin, size_t bytes) const;
+  // They will be read soon.
+  void Prefetch(const void* begin, size_t bytes) const;
+  // They are no longer in use: they stop counting as this process's memory. Reading them again works.
+  void Drop(const void* begin, size_t bytes) const;
+
  private:
+  void Advise(const void* begin, size_t bytes, int advice) const;
+
   MappedFile() = default;
   std::string path_;
   const uint8_t* data_ = nullptr;
