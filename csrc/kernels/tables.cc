@@ -1,24 +1,33 @@
 #include "kernels/kernel_table.h"
+#include "kernels/quant_table.h"
 
 namespace gemloupe {
 
 #if defined(__x86_64__)
 
-// Defined in simd_table.cc, once per instruction set.
+// Defined in simd_table.cc, once per instruction set, and in quant_avx2.cc and quant_vnni.cc.
 namespace avx2 {
 extern const KernelTable kTable;
-}
+extern const QuantKernels kQuantTable;
+}  // namespace avx2
 namespace avx512 {
 extern const KernelTable kTable;
+}
+namespace avx512_vnni {
+extern const QuantKernels kQuantTable;
 }
 
 const KernelTable* Avx2Kernels() { return &avx2::kTable; }
 const KernelTable* Avx512Kernels() { return &avx512::kTable; }
+const QuantKernels* Avx2QuantKernels() { return &avx2::kQuantTable; }
+const QuantKernels* VnniQuantKernels() { return &avx512_vnni::kQuantTable; }
 
 #else
 
 const KernelTable* Avx2Kernels() { return nullptr; }
 const KernelTable* Avx512Kernels() { return nullptr; }
+const QuantKernels* Avx2QuantKernels() { return nullptr; }
+const QuantKernels* VnniQuantKernels() { return nullptr; }
 
 #endif
 

@@ -48,7 +48,7 @@ Status AttentionLayer::Forward(ConstMatrix x, const PassContext& ctx, Matrix out
 
   Attend(q, ctx, z);
   ctx.Visit(HookPoint::kAttnZ, z);
-  GL_RETURN_IF_ERROR(Linear(z, {{&weights_.o_proj, out}}, ctx.path));
+  GL_RETURN_IF_ERROR(Linear(z, {{&weights_.o_proj, out}}, ctx.path, *ctx.arena));
   ctx.Visit(HookPoint::kAttnOut, out);
   return absl::OkStatus();
 }
@@ -56,13 +56,13 @@ Status AttentionLayer::Forward(ConstMatrix x, const PassContext& ctx, Matrix out
 Status AttentionLayer::Project(ConstMatrix x, const PassContext& ctx, Matrix q, Matrix k,
                                Matrix v) const {
   if (spec_.shares_kv) {
-    GL_RETURN_IF_ERROR(Linear(x, {{&weights_.q_proj, q}}, ctx.path));
+    GL_RETURN_IF_ERROR(Linear(x, {{&weights_.q_proj, q}}, ctx.path, *ctx.arena));
   } else if (spec_.values_are_keys) {
-    GL_RETURN_IF_ERROR(Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}}, ctx.path));
+    GL_RETURN_IF_ERROR(Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}}, ctx.path, *ctx.arena));
     CopyRows(k, v);
   } else {
     GL_RETURN_IF_ERROR(
-        Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}, {&weights_.v_proj, v}}, ctx.path));
+        Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}, {&weights_.v_proj, v}}, ctx.path, *ctx.arena));
   }
   ctx.Visit(HookPoint::kAttnQProj, q);
   if (!spec_.shares_kv) {

@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <mutex>
+#include <numeric>
+#include <span>
 #include <vector>
 
 #include "base/thread_pool.h"
+#include "kernels/packed_layout.h"
 #include "ops/dispatch.h"
 #include "ops/linear.h"
 
@@ -53,7 +56,8 @@ Slots GroupByExpert(const Routing& routing, int64_t rows, int64_t num_experts) {
 int64_t SliceSize(int64_t outputs, size_t groups, int threads) {
   const int64_t wanted = 4 * threads;
   const int64_t slices = std::max<int64_t>(1, wanted / static_cast<int64_t>(groups));
-  return std::max<int64_t>(16, (outputs + slices - 1) / slices);
+  const int64_t size = (outputs + slices - 1) / slices;
+  return (size + kPanelRows - 1) / kPanelRows * kPanelRows;
 }
 
 }  // namespace
@@ -70,7 +74,6 @@ Status Experts::Forward(ConstMatrix x, const Routing& routing, const PassContext
   const int threads = pool.threads();
   const Matrix hidden = ctx.arena->NewMatrix(num_slots, width);
   const int64_t most_rows = slots.most_rows;
-  const Matrix gathered = ctx.arena->NewMatrix(threads * most_rows, hidden_size);
   const Matrix up_scratch = ctx.arena->NewMatrix(threads * most_rows, width);
   std::mutex mutex;
   Status status;
@@ -80,6 +83,11 @@ Status Experts::Forward(ConstMatrix x, const Routing& routing, const PassContext
     status.Update(result);
   };
 
+  LinearInput input(x, *ctx.arena);
+  for (const Group& group : slots.groups) {
+    input.Prepare(ChooseEngine(group.rows, weights_.gate_up_proj.dtype, ctx.path));
+  }
+
   // hidden = gelu_tanh(gate x) · up x, one task an expert (or a slice of one).
   const int64_t slice = SliceSize(width, slots.groups.size(), threads);
   const int64_t slices = (width + slice - 1) / slice;
@@ -88,16 +96,13 @@ Status Experts::Forward(ConstMatrix x, const Routing& routing, const PassContext
     const Group& group = slots.groups[static_cast<size_t>(task / slices)];
     const int64_t begin = task % slices * slice;
     const int64_t end = std::min(width, begin + slice);
-    const Matrix src = gathered.RowRange(worker * most_rows, group.rows);
-    for (int64_t i = 0; i < group.rows; ++i) {
-      const int64_t row = slots.row[static_cast<size_t>(group.first + i)];
-      std::memcpy(src.row(i), x.row(row), static_cast<size_t>(hidden_size) * sizeof(float));
-    }
+    const std::span<const int64_t> rows(slots.row.data() + group.first,
+                                        static_cast<size_t>(group.rows));
     const TensorView gate_up = weights_.gate_up_proj.Slice(group.expert);
     const Matrix gate(hidden.row(group.first) + begin, group.rows, end - begin, hidden.stride);
     const Matrix up(up_scratch.row(worker * most_rows), group.rows, end - begin, up_scratch.stride);
-    note(LinearSlice(src, gate_up, begin, end, gate, ctx.path));
-    note(LinearSlice(src, gate_up, width + begin, width + end, up, ctx.path));
+    note(LinearSlice(input, rows, gate_up, begin, end, gate, ctx.path));
+    note(LinearSlice(input, rows, gate_up, width + begin, width + end, up, ctx.path));
     for (int64_t i = 0; i < group.rows; ++i) {
       Kernels().gelu_mul(gate.row(i), gate.row(i), up.row(i), end - begin);
     }
@@ -106,7 +111,14 @@ Status Experts::Forward(ConstMatrix x, const Routing& routing, const PassContext
 
   // out += weight · down hidden: a task owns some outputs of every row and adds the experts in
   // ascending order, so neither threads nor tasks change the sum.
-  const int64_t out_slice = std::max<int64_t>(32, (hidden_size + 4 * threads - 1) / (4 * threads));
+  LinearInput hidden_input(hidden, *ctx.arena);
+  for (const Group& group : slots.groups) {
+    hidden_input.Prepare(ChooseEngine(group.rows, weights_.down_proj.dtype, ctx.path));
+  }
+  std::vector<int64_t> slot_rows(static_cast<size_t>(num_slots));
+  std::iota(slot_rows.begin(), slot_rows.end(), 0);
+  const int64_t out_slice = std::max<int64_t>(
+      32, (hidden_size / (4 * threads) + kPanelRows - 1) / kPanelRows * kPanelRows);
   const int64_t out_slices = (hidden_size + out_slice - 1) / out_slice;
   const Matrix products = ctx.arena->NewMatrix(threads * most_rows, out_slice);
   pool.ParallelFor(out_slices, [&](int64_t task, int worker) {
@@ -118,8 +130,10 @@ Status Experts::Forward(ConstMatrix x, const Routing& routing, const PassContext
     for (const Group& group : slots.groups) {
       const Matrix product(products.row(worker * most_rows), group.rows, end - begin,
                            products.stride);
-      note(LinearSlice(hidden.RowRange(group.first, group.rows),
-                       weights_.down_proj.Slice(group.expert), begin, end, product, ctx.path));
+      const std::span<const int64_t> rows(slot_rows.data() + group.first,
+                                          static_cast<size_t>(group.rows));
+      note(LinearSlice(hidden_input, rows, weights_.down_proj.Slice(group.expert), begin, end,
+                       product, ctx.path));
       for (int64_t i = 0; i < group.rows; ++i) {
         const auto slot = static_cast<size_t>(group.first + i);
         Kernels().add_scaled(out.row(slots.row[slot]) + begin, product.row(i), slots.weight[slot],

@@ -15,7 +15,7 @@ namespace gemloupe {
 struct PassContext {
   const Batch* batch = nullptr;
   Arena* arena = nullptr;
-  MatmulPath path = MatmulPath::kFloat32;
+  MatmulPath path;
   // Angles of the batch's positions, one entry for each RopeSpec of the model.
   std::vector<RopeAngles> angles;
   Captures* captures = nullptr;  // null: nothing is captured

@@ -10,11 +10,11 @@ Status PerLayerInput::Forward(ConstMatrix resid, ConstMatrix input, const PassCo
   const Arena::Scope scope(*ctx.arena);
   ctx.Visit(HookPoint::kPerLayerIn, input);
   const Matrix gate = ctx.arena->NewMatrix(resid.rows, weights_.gate.shape[0]);
-  GL_RETURN_IF_ERROR(Linear(resid, {{&weights_.gate, gate}}, ctx.path));
+  GL_RETURN_IF_ERROR(Linear(resid, {{&weights_.gate, gate}}, ctx.path, *ctx.arena));
   ctx.Visit(HookPoint::kPerLayerGate, gate);
   GeluMul(gate, input, gate);
   ctx.Visit(HookPoint::kPerLayerHidden, gate);
-  GL_RETURN_IF_ERROR(Linear(gate, {{&weights_.projection, out}}, ctx.path));
+  GL_RETURN_IF_ERROR(Linear(gate, {{&weights_.projection, out}}, ctx.path, *ctx.arena));
   ctx.Visit(HookPoint::kPerLayerOut, out);
   post_norm_.Forward(out, out);
   ctx.Visit(HookPoint::kPerLayerPost, out);

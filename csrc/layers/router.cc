@@ -21,7 +21,7 @@ Status Router::Forward(ConstMatrix resid, const PassContext& ctx, Routing& routi
   RmsNorm(resid, weights_.scale.data(), resid.cols, eps_, x);
   Scale(x, 1.0f / std::sqrt(static_cast<float>(resid.cols)), x);
   ctx.Visit(HookPoint::kRouterNorm, x);
-  GL_RETURN_IF_ERROR(Linear(x, {{&weights_.proj, probs}}, ctx.path));
+  GL_RETURN_IF_ERROR(Linear(x, {{&weights_.proj, probs}}, ctx.path, *ctx.arena));
   ctx.Visit(HookPoint::kRouterLogits, probs);
   Softmax(probs, probs);
   ctx.Visit(HookPoint::kRouterProbs, probs);

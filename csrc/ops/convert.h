@@ -11,6 +11,13 @@ namespace gemloupe {
 // Reads rows [begin, end) of a matrix stored in any dtype as float32 [end − begin, cols]; exact.
 // Blocked dtypes give the values of the `gguf` package's dequantize, bit for bit.
 void ReadRows(const TensorView& matrix, int64_t begin, int64_t end, float* dst);
+// Elements [begin, begin + count) of one row.
+void ReadRowPart(const TensorView& matrix, int64_t row, int64_t begin, int64_t count, float* dst);
+
+// The index of a packed dtype in the tables of kernels/quant_table.h.
+int PackedFormat(DType dtype);
+// The panel of a packed matrix that holds `row`.
+const uint8_t* PanelData(const TensorView& matrix, int64_t row);
 
 // Stores rows [begin, end) of the matrix `src` in `dtype` at dst (MatrixBytes(dtype, end − begin,
 // cols) bytes), on the threads of the current pass. With a packed dtype, `begin` is a multiple of

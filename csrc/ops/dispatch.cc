@@ -12,6 +12,7 @@ struct Dispatch {
   Status status;
   Isa isa = Isa::kPortable;
   const KernelTable* kernels = nullptr;
+  const QuantKernels* quant_kernels = nullptr;
 };
 
 Dispatch Choose() {
@@ -25,10 +26,18 @@ Dispatch Choose() {
   if (*isa >= Isa::kAvx512) dispatch.kernels = Avx512Kernels();
   if (dispatch.kernels == nullptr && *isa >= Isa::kAvx2) dispatch.kernels = Avx2Kernels();
   if (dispatch.kernels == nullptr) dispatch.kernels = &PortableKernels();
+  if (*isa >= Isa::kAvx512Vnni) dispatch.quant_kernels = VnniQuantKernels();
+  if (dispatch.quant_kernels == nullptr && *isa >= Isa::kAvx2) {
+    dispatch.quant_kernels = Avx2QuantKernels();
+  }
+  if (dispatch.quant_kernels == nullptr) dispatch.quant_kernels = &PortableQuantKernels();
   if (VerboseDispatch()) {
-    std::fprintf(stderr, "gemloupe: cpu %s, detected %s, using %s with the %s kernels\n",
-                 CpuModelName().c_str(), IsaName(DetectedIsa()), IsaName(*isa),
-                 dispatch.kernels->name);
+    std::fprintf(
+        stderr,
+        "gemloupe: cpu %s, detected %s, using %s with the %s kernels, quantised weights with "
+        "the %s kernels\n",
+        CpuModelName().c_str(), IsaName(DetectedIsa()), IsaName(*isa), dispatch.kernels->name,
+        dispatch.quant_kernels->name);
   }
   return dispatch;
 }
@@ -47,6 +56,11 @@ Isa ActiveIsa() { return Chosen().isa; }
 const KernelTable& Kernels() {
   GL_CHECK(Chosen().kernels != nullptr);
   return *Chosen().kernels;
+}
+
+const QuantKernels& QuantKernelsInUse() {
+  GL_CHECK(Chosen().quant_kernels != nullptr);
+  return *Chosen().quant_kernels;
 }
 
 MatmulKernel MatmulKernelFor(DType dtype) {

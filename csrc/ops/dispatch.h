@@ -8,6 +8,7 @@
 #include "base/function_ref.h"
 #include "base/status.h"
 #include "kernels/kernel_table.h"
+#include "kernels/quant_table.h"
 
 namespace gemloupe {
 
@@ -20,6 +21,7 @@ Status InitDispatch();
 // The instruction set in use and its kernels. InitDispatch must have succeeded.
 Isa ActiveIsa();
 const KernelTable& Kernels();
+const QuantKernels& QuantKernelsInUse();
 
 // The kernels that read stored elements of a plain `dtype`.
 MatmulKernel MatmulKernelFor(DType dtype);

@@ -1,40 +1,78 @@
 #ifndef GEMLOUPE_OPS_LINEAR_H_
 #define GEMLOUPE_OPS_LINEAR_H_
 
+#include <cstdint>
 #include <initializer_list>
 #include <span>
+#include <vector>
 
+#include "base/memory.h"
 #include "base/status.h"
 #include "base/tensor.h"
+#include "kernels/quant_table.h"
 
 namespace gemloupe {
 
 // How a matrix product may be computed.
-enum class MatmulPath {
-  // Our kernels only: a row's bits depend on neither the other rows nor the threads.
-  kRowExact,
-  // More than kMaxKernelRows rows may go to oneDNN in float32.
-  kFloat32,
-  // As kFloat32; bfloat16 weights may meet activations rounded to bfloat16, if the CPU has bf16.
-  kBfloat16,
+struct MatmulPath {
+  // A row's bits must depend on neither the other rows nor the threads: our kernels only.
+  bool row_exact = false;
+  // Activations may be rounded to bfloat16 where the CPU multiplies bfloat16 and rows are many.
+  bool bfloat16 = false;
+  // Products with quantised weights read float32 activations, not int8 ones.
+  bool float32_activations = false;
 };
 
-// One product of a group that shares its left side: dst [T, n] = src [T, k] · weight [n, k]ᵀ.
+enum class Engine {
+  kKernels,         // our float kernels, up to kMaxKernelRows rows at a time
+  kOnednnFloat32,   // oneDNN on panels widened to float32
+  kOnednnBfloat16,  // oneDNN on bfloat16 weights and activations
+  kQuantized,       // packed weights times int8 activations
+  kPanelsFloat32,   // packed weights, unpacked to float32 panel by panel
+  kPanelsBfloat16,  // packed weights, unpacked to bfloat16 for AMX
+};
+Engine ChooseEngine(int64_t rows, DType dtype, const MatmulPath& path);
+
+// The left side of one or more products, in the forms that their engines read. Forms are made on the
+// driving thread, before the products are split over threads.
+class LinearInput {
+ public:
+  // Memory comes from `arena`.
+  LinearInput(ConstMatrix src, Arena& arena) : src_(src), arena_(&arena) {}
+
+  void Prepare(Engine engine);
+  ConstMatrix src() const { return src_; }
+  const QuantizedRows& quantized() const { return quantized_; }
+  MatrixView<const uint16_t> bfloat16() const { return bfloat16_; }
+
+ private:
+  ConstMatrix src_;
+  Arena* arena_;
+  QuantizedRows quantized_ = {};
+  MatrixView<const uint16_t> bfloat16_;
+};
+
+// One product of a group that shares its left side: dst [T, n] = src [T, k] · weight[first : first + n]ᵀ.
 struct LinearJob {
   const TensorView* weight;
   Matrix dst;
+  int64_t first = 0;
 };
 
 // Computes every job in one fork of the pool. An empty weight is a mistake of the caller.
-Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, MatmulPath path);
-inline Status Linear(ConstMatrix src, std::initializer_list<LinearJob> jobs, MatmulPath path) {
-  return Linear(src, std::span<const LinearJob>(jobs.begin(), jobs.size()), path);
+Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath& path,
+              Arena& arena);
+inline Status Linear(ConstMatrix src, std::initializer_list<LinearJob> jobs, const MatmulPath& path,
+                     Arena& arena) {
+  return Linear(src, std::span<const LinearJob>(jobs.begin(), jobs.size()), path, arena);
 }
 
-// dst [T, end − begin] = src · weight[begin:end]ᵀ on the calling thread alone, for callers that split
-// the outputs over threads themselves (experts).
-Status LinearSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64_t end,
-                   Matrix dst, MatmulPath path);
+// dst [rows.size(), end − begin] = input[rows] · weight[begin:end]ᵀ on the calling thread alone, for
+// callers that split the work themselves (experts). The input was prepared for the engine that
+// ChooseEngine gives for this number of rows.
+Status LinearSlice(const LinearInput& input, std::span<const int64_t> rows,
+                   const TensorView& weight, int64_t begin, int64_t end, Matrix dst,
+                   const MatmulPath& path);
 
 }  // namespace gemloupe
 

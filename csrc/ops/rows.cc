@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "base/status.h"
+#include "ops/convert.h"
 #include "ops/dispatch.h"
 
 namespace gemloupe {
@@ -72,13 +73,10 @@ void CopyRows(ConstMatrix src, Matrix dst) {
 
 void GatherRows(const TensorView& table, const int32_t* ids, int64_t column, float factor,
                 Matrix dst) {
-  const int64_t width = table.shape[1];
   ForRows(dst.rows, RowBytes(dst), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       GL_CHECK(ids[row] >= 0 && ids[row] < table.shape[0]);
-      const auto* data = static_cast<const uint8_t*>(table.data) +
-                         static_cast<size_t>(ids[row] * width + column) * DTypeSize(table.dtype);
-      WidenToFloat(dst.row(row), data, table.dtype, dst.cols);
+      ReadRowPart(table, ids[row], column, dst.cols, dst.row(row));
       Kernels().scale(dst.row(row), dst.row(row), factor, dst.cols);
     }
   });
