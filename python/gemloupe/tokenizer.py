@@ -62,11 +62,14 @@ class Tokenizer:
     def _load(self) -> tokenizers.Tokenizer:
         with self._lock:
             if self._backend is None:
-                backend = _read_tokenizer(self.folder / "tokenizer.json")
+                backend = self._read_backend()
                 added = backend.get_added_tokens_decoder()
                 self._special_ids = frozenset(i for i, token in added.items() if token.special)
                 self._backend = backend
             return self._backend
+
+    def _read_backend(self) -> tokenizers.Tokenizer:
+        return _read_tokenizer(self.folder / "tokenizer.json")
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -184,12 +187,13 @@ class Tokenizer:
     def chat_template(self) -> ChatTemplate:
         """The checkpoint's chat template, or gemloupe's Gemma 4 default (`.is_default`)."""
         if self._chat_template is None:
-            from gemloupe.chat_template import load_chat_template
-
-            self._chat_template = load_chat_template(
-                self.folder, self.settings, self.config, self.named_tokens
-            )
+            self._chat_template = self._read_chat_template()
         return self._chat_template
+
+    def _read_chat_template(self) -> ChatTemplate:
+        from gemloupe.chat_template import load_chat_template
+
+        return load_chat_template(self.folder, self.settings, self.config, self.named_tokens)
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
