@@ -58,9 +58,24 @@ class SignalCheck {
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
+// A progress callback of Python for work without the GIL: its result is false after Ctrl-C, or once
+// the callback has raised (ThrowIfError then raises that).
+class InterruptibleProgress {
+ public:
+  explicit InterruptibleProgress(const std::function<void(double)>& callback)
+      : callback_(callback) {}
+  bool operator()(double fraction);
+
+ private:
+  const std::function<void(double)>& callback_;
+  SignalCheck stopped_;
+};
+
 void RememberMainThread();
 void BindConfig(pybind11::module_& module);
+void BindGguf(pybind11::module_& module);
 void BindKvCache(pybind11::module_& module);
+void BindWeights(pybind11::module_& module);
 void BindTextModel(pybind11::module_& module);
 void BindSession(pybind11::module_& module);
 void BindSystem(pybind11::module_& module);

@@ -19,6 +19,7 @@ void ThrowIfError(const Status& status) {
     case absl::StatusCode::kNotFound: type = PyExc_FileNotFoundError; break;
     case absl::StatusCode::kPermissionDenied: type = PyExc_PermissionError; break;
     case absl::StatusCode::kResourceExhausted: type = PyExc_MemoryError; break;
+    case absl::StatusCode::kDataLoss: type = PyExc_OSError; break;
     case absl::StatusCode::kCancelled: type = PyExc_KeyboardInterrupt; break;
     default: break;
   }
@@ -58,6 +59,19 @@ void RememberMainThread() {
       py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
 }
 
+bool InterruptibleProgress::operator()(double fraction) {
+  if (callback_) {
+    const py::gil_scoped_acquire gil;
+    try {
+      callback_(fraction);
+    } catch (py::error_already_set& error) {
+      error.restore();
+      return false;
+    }
+  }
+  return !stopped_();
+}
+
 bool SignalCheck::operator()() {
   if (PyThread_get_thread_ident() != main_thread) return false;
   const auto now = std::chrono::steady_clock::now();
@@ -74,7 +88,9 @@ PYBIND11_MODULE(_core, module) {
   module.attr("__version__") = GEMLOUPE_VERSION;
   gemloupe::RememberMainThread();
   gemloupe::BindConfig(module);
+  gemloupe::BindGguf(module);
   gemloupe::BindKvCache(module);
+  gemloupe::BindWeights(module);
   gemloupe::BindTextModel(module);
   gemloupe::BindSession(module);
   gemloupe::BindSystem(module);

@@ -1,6 +1,7 @@
 #include "models/text_model.h"
 
 #include "bindings/bindings.h"
+#include "bindings/weights.h"
 #include "runtime/run.h"
 
 namespace py = pybind11;
@@ -8,28 +9,24 @@ namespace py = pybind11;
 namespace gemloupe {
 namespace {
 
-using FileEntries = std::pair<std::string, std::vector<TensorEntry>>;
-
-std::shared_ptr<TextModel> Load(const TextConfig& config, const std::vector<FileEntries>& files,
+// Takes the weights out of `weights`.
+std::shared_ptr<TextModel> Load(const TextConfig& config, Weights& weights,
                                 const TextModelOptions& options,
                                 const std::function<void(double)>& progress) {
-  SignalCheck stopped;
-  const ProgressFn report = [&](double fraction) {
-    if (progress) {
-      const py::gil_scoped_acquire gil;
-      progress(fraction);
-    }
-    return !stopped();
-  };
-  StatusOr<std::unique_ptr<TextModel>> model = [&]() -> StatusOr<std::unique_ptr<TextModel>> {
-    const GilRelease no_gil;
-    WeightStore weights;
-    for (const auto& [path, entries] : files) {
-      GL_RETURN_IF_ERROR(weights.AddFile(path, entries));
-    }
-    return TextModel::Load(config, std::move(weights), options, report);
-  }();
-  return ValueOrThrow(std::move(model));
+  WeightStore store = ValueOrThrow(weights.Release());
+  InterruptibleProgress report(progress);
+  return ValueOrThrow(WithoutGil([&] {
+    return TextModel::Load(config, std::move(store), options, [&](double x) { return report(x); });
+  }));
+}
+
+py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& name,
+                                  const std::vector<int64_t>& ids) {
+  std::vector<float> values =
+      ValueOrThrow(WithoutGil([&] { return model.weights().ReadRows(name, ids); }));
+  const auto rows = static_cast<py::ssize_t>(ids.size());
+  const auto cols = rows == 0 ? 0 : static_cast<py::ssize_t>(values.size()) / rows;
+  return ToArray(std::move(values), {rows, cols});
 }
 
 // (logits [rows, V] or None, {name: float32 [T, cols]}).
@@ -70,8 +67,8 @@ py::tuple RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<K
 void BindTextModel(py::module_& module) {
   py::class_<TextModelOptions>(module, "TextModelOptions")
       .def(py::init<>())
-      .def_readwrite("round_to_bfloat16", &TextModelOptions::round_to_bfloat16)
       .def_readwrite("bfloat16_matmul", &TextModelOptions::bfloat16_matmul)
+      .def_readwrite("float32_activations", &TextModelOptions::float32_activations)
       .def_readwrite("round_embed_scale", &TextModelOptions::round_embed_scale)
       .def_readwrite("invariant", &TextModelOptions::invariant)
       .def_readwrite("threads", &TextModelOptions::threads)
@@ -83,9 +80,17 @@ void BindTextModel(py::module_& module) {
 
   py::class_<TextModel, std::shared_ptr<TextModel>>(module, "TextModel",
                                                     "The text decoder with its weights.")
-      .def(py::init(&Load), py::arg("config"), py::arg("files"), py::arg("options"),
+      .def(py::init(&Load), py::arg("config"), py::arg("weights"), py::arg("options"),
            py::arg("progress") = nullptr,
-           "Maps the files, [(path, [TensorEntry])], and builds the model on their tensors.")
+           "Builds the model on the weights, in their targets; they are taken out of `weights`.")
+      .def(
+          "weight_dtype",
+          [](const TextModel& model, const std::string& name) {
+            return DTypeName(ValueOrThrow(model.weights().Find(name)).dtype);
+          },
+          py::arg("name"), "The dtype in which the model holds a tensor.")
+      .def("weight_rows", &ReadWeightRows, py::arg("name"), py::arg("ids"),
+           "Rows of a tensor as float32 [ids, cols]; those of experts are counted through.")
       .def_property_readonly("threads", &TextModel::threads)
       .def_property_readonly("copied_bytes",
                              [](const TextModel& model) { return model.weights().copied_bytes(); })

@@ -8,15 +8,13 @@
 namespace gemloupe {
 namespace {
 
-// Reads the tensors of one layer in the storage that the model was asked for.
+// Reads the tensors of one layer.
 class LayerReader {
  public:
-  LayerReader(int index, bool round_to_bfloat16, WeightStore& weights)
-      : index_(index), round_(round_to_bfloat16), weights_(weights) {}
+  LayerReader(int index, WeightStore& weights) : index_(index), weights_(weights) {}
 
   StatusOr<TensorView> Matrix(const char* name, const std::vector<int64_t>& shape) {
-    const std::string full = names::OfLayer(index_, name);
-    return round_ ? weights_.TakeBfloat16(full, shape) : weights_.Take(full, shape);
+    return weights_.Take(names::OfLayer(index_, name), shape);
   }
   StatusOr<std::vector<float>> Vector(const char* name, int64_t size) {
     return weights_.TakeFloats(names::OfLayer(index_, name), size);
@@ -28,7 +26,6 @@ class LayerReader {
 
  private:
   int index_;
-  bool round_;
   WeightStore& weights_;
 };
 
@@ -61,8 +58,8 @@ StatusOr<MlpWeights> ReadMlp(int64_t hidden, int64_t width, LayerReader& reader)
 }  // namespace
 
 StatusOr<DecoderLayer> DecoderLayer::Load(const TextConfig& config, const LayerSpec& spec,
-                                          int index, bool round_to_bfloat16, WeightStore& weights) {
-  LayerReader reader(index, round_to_bfloat16, weights);
+                                          int index, WeightStore& weights) {
+  LayerReader reader(index, weights);
   const auto eps = static_cast<float>(config.rms_norm_eps);
   const int64_t hidden = config.hidden_size;
   DecoderLayer layer;

@@ -22,7 +22,7 @@ class DecoderLayer {
  public:
   // Reads the weights of layer `index`.
   static StatusOr<DecoderLayer> Load(const TextConfig& config, const LayerSpec& spec, int index,
-                                     bool round_to_bfloat16, WeightStore& weights);
+                                     WeightStore& weights);
 
   // Replaces resid [T, D]. per_layer_input [T, P] (no columns in models that have none).
   Status Forward(Matrix resid, ConstMatrix per_layer_input, const PassContext& ctx) const;

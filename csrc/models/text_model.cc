@@ -22,15 +22,6 @@ float SqrtScale(int64_t size, bool round_to_bfloat16) {
   return round_to_bfloat16 ? Bfloat16ToFloat(FloatToBfloat16(scale)) : scale;
 }
 
-// Rows [begin, end) of a matrix.
-TensorView RowRange(const TensorView& matrix, int64_t begin, int64_t end) {
-  TensorView rows = matrix;
-  rows.data = static_cast<const uint8_t*>(matrix.data) +
-              static_cast<size_t>(begin * matrix.shape[1]) * DTypeSize(matrix.dtype);
-  rows.shape[0] = end - begin;
-  return rows;
-}
-
 Status CheckIds(const TextConfig& config, const std::vector<int32_t>& ids) {
   for (const int32_t id : ids) {
     if (id < 0 || id >= config.vocab_size) {
@@ -70,14 +61,12 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
   model->per_layer_scale_ =
       SqrtScale(config.hidden_size_per_layer_input, options.round_embed_scale);
 
-  const ThreadPool::Pass pass(model->threads());  // rounding weights uses every thread
+  const ThreadPool::Pass pass(model->threads());  // converting weights uses every thread
   WeightStore& store = model->weights_;
   const auto eps = static_cast<float>(config.rms_norm_eps);
-  const auto take = [&](const char* name, const std::vector<int64_t>& shape) {
-    return options.round_to_bfloat16 ? store.TakeBfloat16(name, shape) : store.Take(name, shape);
-  };
+  store.SetProgress(progress);
   GL_ASSIGN_OR_RETURN(model->embed_tokens_,
-                      take(names::kEmbedTokens, {config.vocab_size, config.hidden_size}));
+                      store.Take(names::kEmbedTokens, {config.vocab_size, config.hidden_size}));
   GL_ASSIGN_OR_RETURN(std::vector<float> norm,
                       store.TakeFloats(names::kFinalNorm, config.hidden_size));
   model->final_norm_ = Norm(std::move(norm), eps);
@@ -85,24 +74,21 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
     const int64_t all = config.num_hidden_layers * width;
     GL_ASSIGN_OR_RETURN(
         model->embed_tokens_per_layer_,
-        take(names::kEmbedTokensPerLayer, {config.vocab_size_per_layer_input, all}));
+        store.TakeTable(names::kEmbedTokensPerLayer, {config.vocab_size_per_layer_input, all}));
     GL_ASSIGN_OR_RETURN(model->per_layer_model_projection_,
-                        take(names::kPerLayerModelProjection, {all, config.hidden_size}));
+                        store.Take(names::kPerLayerModelProjection, {all, config.hidden_size}));
     GL_ASSIGN_OR_RETURN(std::vector<float> projection_norm,
                         store.TakeFloats(names::kPerLayerProjectionNorm, width));
     model->per_layer_projection_norm_ = Norm(std::move(projection_norm), eps);
   }
   const std::vector<LayerSpec> specs = MakeLayerSpecs(config);
   for (int i = 0; i < static_cast<int>(specs.size()); ++i) {
-    if (progress && !progress(static_cast<double>(i) / static_cast<double>(specs.size()))) {
-      return absl::CancelledError("loading was interrupted");
-    }
     GL_ASSIGN_OR_RETURN(DecoderLayer layer,
-                        DecoderLayer::Load(config, specs[static_cast<size_t>(i)], i,
-                                           options.round_to_bfloat16, store));
+                        DecoderLayer::Load(config, specs[static_cast<size_t>(i)], i, store));
     model->layers_.push_back(std::move(layer));
   }
   if (progress) progress(1.0);
+  store.SetProgress(nullptr);
   return model;
 }
 
@@ -118,10 +104,9 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
     PassContext ctx;
     ctx.arena = &arena_;
     ctx.captures = request.captures;
-    const bool row_exact = request.row_exact || options_.invariant;
-    ctx.path = row_exact                  ? MatmulPath::kRowExact
-               : options_.bfloat16_matmul ? MatmulPath::kBfloat16
-                                          : MatmulPath::kFloat32;
+    ctx.path = {.row_exact = request.row_exact || options_.invariant,
+                .bfloat16 = options_.bfloat16_matmul,
+                .float32_activations = options_.float32_activations};
     status = RunLayers(request, ctx, logits);
   }
   arena_.ShrinkTo(kKeptScratch);
@@ -215,8 +200,8 @@ StatusOr<Matrix> TextModel::PerLayerInputs(ConstMatrix embed, int begin, int end
   const Matrix context = ctx.arena->NewMatrix(embed.rows, cols);
   const Arena::Scope scope(*ctx.arena);
   const Matrix token = ctx.arena->NewMatrix(embed.rows, cols);
-  const TensorView projection = RowRange(per_layer_model_projection_, begin * width, end * width);
-  GL_RETURN_IF_ERROR(Linear(embed, {{&projection, context}}, ctx.path));
+  GL_RETURN_IF_ERROR(Linear(embed, {{&per_layer_model_projection_, context, begin * width}},
+                            ctx.path, *ctx.arena));
   const auto root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.hidden_size)));
   Scale(context, root, context);
   per_layer_projection_norm_.Forward(context, context);
@@ -246,7 +231,7 @@ Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
   }
   final_norm_.Forward(x, x);
   const Matrix dst(logits.data(), count, config_.vocab_size);
-  GL_RETURN_IF_ERROR(Linear(x, {{&embed_tokens_, dst}}, ctx.path));
+  GL_RETURN_IF_ERROR(Linear(x, {{&embed_tokens_, dst}}, ctx.path, *ctx.arena));
   ctx.Visit(HookPoint::kLogitsRaw, dst);
   const float cap = softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
   if (cap > 0.0f) Softcap(cap, dst);

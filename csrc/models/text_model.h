@@ -19,10 +19,10 @@
 namespace gemloupe {
 
 struct TextModelOptions {
-  // Weights that are stored otherwise are rounded to bfloat16 when they are loaded.
-  bool round_to_bfloat16 = false;
   // Products of more than kMaxKernelRows rows may round activations to bfloat16 on CPUs that have it.
   bool bfloat16_matmul = false;
+  // Products with quantised weights read float32 activations instead of int8 ones.
+  bool float32_activations = false;
   // √D and √P, the embeddings' factors, are rounded to bfloat16, as a bfloat16 reference holds them.
   bool round_embed_scale = false;
   // Every row's bits are the same whatever the batch, the chunk and the thread count.
@@ -30,9 +30,6 @@ struct TextModelOptions {
   int threads = 0;                   // 0: all available CPUs
   DType kv_dtype = DType::kFloat16;  // of caches that are made without naming one
 };
-
-// Called now and then while a model loads, with the fraction done; false stops it.
-using ProgressFn = std::function<bool(double)>;
 
 // One pass over the model: T tokens of one or several sequences.
 struct PassRequest {
@@ -47,6 +44,7 @@ struct PassRequest {
 // The text decoder of every Gemma 4.
 class TextModel {
  public:
+  // Takes the weights in the store's target dtypes; `progress` is told of conversions.
   static StatusOr<std::unique_ptr<TextModel>> Load(const TextConfig& config, WeightStore weights,
                                                    const TextModelOptions& options,
                                                    const ProgressFn& progress);
