@@ -1,9 +1,11 @@
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 __version__: str
 DEFAULT_CHUNK: int
+PACKED_VERSION: int
 
 class LayerConfig:
     kind: str
@@ -51,6 +53,21 @@ class TensorEntry:
     @property
     def end(self) -> int: ...
 
+class GgufFile:
+    def __init__(self, path: str) -> None: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def alignment(self) -> int: ...
+    @property
+    def tensors(self) -> list[TensorEntry]: ...
+    @property
+    def keys(self) -> list[str]: ...
+    def get(self, key: str) -> Any: ...
+    def length(self, key: str) -> int | None: ...
+    def item(self, key: str, index: int) -> Any: ...
+    def indices(self, key: str, texts: Sequence[str]) -> list[int | None]: ...
+
 class KvCache:
     @property
     def length(self) -> int: ...
@@ -75,9 +92,24 @@ class KvCache:
     def fork(self) -> KvCache: ...
     def restore(self, fork: KvCache) -> None: ...
 
+class Weights:
+    def __init__(self) -> None: ...
+    def add_file(self, path: str, entries: Sequence[TensorEntry]) -> None: ...
+    def add_pack_quantized(
+        self,
+        name: str,
+        shape: Sequence[int],
+        packed_path: str,
+        packed: TensorEntry,
+        scales_path: str,
+        scales: TensorEntry,
+    ) -> None: ...
+    def set_target(self, name: str, dtype: str) -> None: ...
+    def set_resident(self, resident: bool) -> None: ...
+
 class TextModelOptions:
-    round_to_bfloat16: bool
     bfloat16_matmul: bool
+    float32_activations: bool
     round_embed_scale: bool
     invariant: bool
     threads: int
@@ -88,10 +120,12 @@ class TextModel:
     def __init__(
         self,
         config: TextConfig,
-        files: Sequence[tuple[str, Sequence[TensorEntry]]],
+        weights: Weights,
         options: TextModelOptions,
         progress: Callable[[float], None] | None = None,
     ) -> None: ...
+    def weight_dtype(self, name: str) -> str: ...
+    def weight_rows(self, name: str, ids: Sequence[int]) -> np.ndarray: ...
     @property
     def threads(self) -> int: ...
     @property
@@ -160,6 +194,19 @@ class Session:
     @property
     def active(self) -> int: ...
 
+def write_packed(
+    weights: Weights,
+    path: str,
+    tensors: Sequence[tuple[str, bool]],
+    metadata: str,
+    threads: int,
+    progress: Callable[[float], None] | None = None,
+) -> None: ...
+def read_packed(path: str) -> tuple[list[TensorEntry], bytes]: ...
+def damaged_tensors(
+    path: str, progress: Callable[[float], None] | None = None
+) -> list[str]: ...
+def tensor_bytes(dtype: str, shape: Sequence[int]) -> int: ...
 def new_cache(
     model: TextModel, max_tokens: int, dtype: str, start: int, full_sliding: bool, chunk: int
 ) -> KvCache: ...

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gemloupe import hub, safetensors_header, strict_json
+from gemloupe import compressed_tensors, hub, packed, recipe, safetensors_header, strict_json
 from gemloupe.config import ModelConfig, TextConfig, read_config
 from gemloupe.errors import (
     MAX_LISTED,
@@ -28,6 +28,9 @@ from gemloupe.errors import (
 )
 from gemloupe.safetensors_header import TensorInfo
 
+if TYPE_CHECKING:
+    from gemloupe.tokenizer import Tokenizer
+
 DEMO_NAMES = ("edge", "moe", "dense")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
@@ -39,7 +42,8 @@ _TOWERS = (
 )  # fmt: skip
 _TOWER_NAME = re.compile(rf"(?:model\.)?({'|'.join(_TOWERS)})\.")
 _HEAD_NAME = re.compile(r"(?:model\.|language_model\.)*lm_head\.weight")
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "W4A16": "w4a16"}
+_NARROW_DTYPES = (*recipe.BITS, "W4A16")  # Of packed files and compressed-tensors: matrices only.
 
 _SUFFIXES = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth", ".zip")
 
@@ -56,10 +60,17 @@ class TextTensor(NamedTuple):
 
     file: int
     dtype: str
-    """"float32", "bfloat16" or "float16"."""
+    """"float32", "bfloat16" or "float16"; of GGUF files also "q4_0" and its like."""
     shape: tuple[int, ...]
     begin: int
     end: int
+    pair: compressed_tensors.Pair | None = None
+    """Of a "w4a16" matrix; begin and end are those of its integers."""
+
+    @property
+    def nbytes(self) -> int:
+        scale = self.pair.scale[1] if self.pair else None
+        return self.end - self.begin + (scale.end - scale.begin if scale else 0)
 
 
 @dataclass(frozen=True)
@@ -81,32 +92,58 @@ class Checkpoint:
     """Full names of tensors that no part reads: a tied head, keys and values of sharing layers."""
     towers: dict[str, tuple[str, ...]] = field(repr=False)
     """Full names of vision and audio tensors, by the module that holds them."""
+    provenance: packed.Provenance | None = None
+    """Of a packed checkpoint."""
 
     @property
     def dtype(self) -> str:
         """The type that most of the text decoder's bytes have."""
         sizes: dict[str, int] = {}
         for tensor in self.text_tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.begin
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
         return max(sizes, key=lambda name: sizes[name])
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether llama.cpp's file holds it; its conventions differ in the embedding's scale."""
+        return self.folder.is_file()
+
+    def new_tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer; nothing is read before it is used."""
+        from gemloupe.tokenizer import Tokenizer
+
+        return Tokenizer(self.folder, self.config)
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, folder: Path | None = None) -> Checkpoint:
-    """Reads the checkpoint that `source` names: a folder, a hub id, or "demo:edge".
+    """Reads the checkpoint that `source` names: a folder, a GGUF file, a hub id, or "demo:edge".
 
     `folder` skips the search and is read as it is. Raises FileNotFoundError (with close matches),
     ConnectionError (hub out of reach), and ValueError naming file, field or tensor, got and
     expected.
     """
     folder = resolve(source) if folder is None else folder
+    if folder.is_file():
+        from gemloupe.gguf import open_gguf
+
+        return open_gguf(os.fspath(source), folder)
     config = read_folder_config(folder)
+    if packed.is_packed(folder):
+        infos, provenance = packed.read(folder)
+        tensors = {name: StoredTensor(0, info) for name, info in infos.items()}
+        files = [folder / packed.FILE_NAME]
+        opened = _checked(os.fspath(source), folder, config, files, tensors, {})
+        return replace(opened, provenance=provenance)
     files, found = safetensors_header.read_folder(folder)
+    pairs: dict[str, compressed_tensors.Pair] = {}
+    if config.raw.get("quantization_config") is not None:
+        found, pairs = compressed_tensors.pair_tensors(files, found)
     tensors = {name: StoredTensor(*place) for name, place in found.items()}
-    return _checked(os.fspath(source), folder, config, files, tensors)
+    return _checked(os.fspath(source), folder, config, files, tensors, pairs)
 
 
 def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
-    """Returns the folder that `source` names, downloading it from the hub where it is an id.
+    """Returns the folder or GGUF file that `source` names; a hub id's is downloaded.
 
     With `weights=False` only config.json is downloaded.
     """
@@ -121,20 +158,38 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     path = Path(text).expanduser()
     if path.is_dir():
         return path
-    if text.lower().endswith(".gguf"):
-        raise ValueError(
-            f"{text}: GGUF files can't be loaded by this version; expected a folder with "
-            "config.json and safetensors files. Load the checkpoint that it was made from, for "
-            "example 'google/gemma-4-E2B-it'."
-        )
+    if _is_gguf(path):
+        return path
     if path.exists():
         raise ValueError(
-            f"{text}: this is a file; expected a checkpoint folder. Give the folder that holds it: "
-            f"{quoted(str(path.parent))}."
+            f"{text}: this is a file; expected a checkpoint folder or a GGUF file. Give the folder "
+            f"that holds it: {quoted(str(path.parent))}."
         )
+    if text.lower().endswith(".gguf"):
+        raise _no_such_file(text, path)
     if isinstance(source, str) and hub.is_id(text) and not _is_path_like(text):
         return hub.download(text) if weights else hub.download_config(text)
     raise _no_such_folder(text, path)
+
+
+def _is_gguf(path: Path) -> bool:
+    """True for a file that is called .gguf, or that begins as such files do."""
+    if not path.is_file():
+        return False
+    if path.suffix.lower() == ".gguf":
+        return True
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def _no_such_file(text: str, path: Path) -> FileNotFoundError:
+    try:
+        siblings = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    except OSError:
+        siblings = []
+    matches = [str(Path(text).parent / name) for name in close_matches(path.name, siblings)]
+    advice = f"Did you mean {one_of(matches)}?" if matches else "Check the path."
+    return FileNotFoundError(f"{text}: no such file; expected a GGUF file. {advice}")
 
 
 def _demo_folder(text: str) -> Path:
@@ -269,6 +324,7 @@ def _checked(
     config: ModelConfig,
     files: list[Path],
     tensors: dict[str, StoredTensor],
+    pairs: dict[str, compressed_tensors.Pair],
 ) -> Checkpoint:
     """Assigns every tensor of the files to a part of the model; ValueError where one is wrong."""
     prefix = _text_prefix(folder, tensors)
@@ -286,8 +342,9 @@ def _checked(
             if problem:
                 problems.append(f"{files[number].name}: {full_name}: {problem}")
             else:
-                dtype = _DTYPES[info.dtype]
-                found[name] = TextTensor(number, dtype, info.shape, info.begin, info.end)
+                dtype = _DTYPES.get(info.dtype, info.dtype)
+                pair = pairs.get(full_name)
+                found[name] = TextTensor(number, dtype, info.shape, info.begin, info.end, pair)
         elif name in unused:
             ignored.append(full_name)
         elif tower:
@@ -347,8 +404,10 @@ def _text_prefix(folder: Path, tensors: dict[str, StoredTensor]) -> str:
 def _tensor_problem(info: TensorInfo, shape: tuple[int, ...]) -> str:
     if info.shape != shape:
         return f"shape is {format_shape(info.shape)}; expected {format_shape(shape)}"
-    if info.dtype not in _DTYPES:
-        return f"dtype is {info.dtype}; expected {one_of(list(_DTYPES))}"
+    if info.dtype in _NARROW_DTYPES and (len(shape) > 1 or info.dtype in recipe.PLAIN):
+        return ""
+    if info.dtype not in _DTYPES or info.dtype == "W4A16":
+        return f"dtype is {info.dtype}; expected {one_of(['F32', 'BF16', 'F16'])}"
     return ""
 
 
@@ -356,21 +415,25 @@ def _check_tied(
     files: list[Path], tensors: dict[str, StoredTensor], head_name: str, embed_name: str
 ) -> None:
     """A stored output matrix that differs from the embedding would be used by transformers."""
-    head, embed = tensors[head_name], tensors[embed_name]
-    same = head.info.shape == embed.info.shape and head.info.dtype == embed.info.dtype
-    if same:
-        step = 64 << 20
-        first, second = _bytes_of(files, head), _bytes_of(files, embed)
-        same = all(
-            np.array_equal(first[i : i + step], second[i : i + step])
-            for i in range(0, len(first), step)
-        )
-    if not same:
+    head = tensors[head_name]
+    if not same_bytes(files, head, tensors[embed_name]):
         raise ValueError(
             f"{files[head.file]}: tensor {quoted(head_name)} differs from {quoted(embed_name)}; "
             "expected a tied output matrix. Checkpoints with an output matrix of their own can't "
             "be loaded by this version; load the original checkpoint."
         )
+
+
+def same_bytes(files: list[Path], a: StoredTensor, b: StoredTensor) -> bool:
+    """True where two tensors have one type, one shape and the same bytes."""
+    if a.info.shape != b.info.shape or a.info.dtype != b.info.dtype:
+        return False
+    step = 64 << 20
+    first, second = _bytes_of(files, a), _bytes_of(files, b)
+    return all(
+        np.array_equal(first[i : i + step], second[i : i + step])
+        for i in range(0, len(first), step)
+    )
 
 
 def _bytes_of(files: list[Path], tensor: StoredTensor) -> np.ndarray:

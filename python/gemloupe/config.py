@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from gemloupe import strict_json
+from gemloupe import compressed_tensors, strict_json
 from gemloupe.errors import did_you_mean, one_of, quoted, sentences
 
 _MODEL_TYPES = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
@@ -267,16 +267,13 @@ def _model_type(top: _Fields) -> str:
 
 
 def _refuse_quantised(fields: _Fields) -> None:
+    """Lets only formats pass that `compressed_tensors` reads, at the top of the file."""
     for name in ("quantization_config", "compression_config"):
         value = fields.values.get(name)
-        if value is None:
-            continue
-        method = value.get("quant_method") if isinstance(value, dict) else None
-        raise ValueError(
-            f"{fields.where}: {fields.path}{name} says that the weights are quantised with "
-            f"{quoted(method) if method else 'an unnamed method'}; expected float32, bfloat16 or "
-            "float16 weights. Load the unquantised checkpoint that this one was made from."
-        )
+        if value is not None:
+            compressed_tensors.check(value, f"{fields.where}: {fields.path}{name}")
+            if fields.path or name != "quantization_config":
+                fields.refuse(name, "none here, but quantization_config at the top of the file")
 
 
 def _text_config(text: _Fields, *, unified: bool) -> TextConfig:

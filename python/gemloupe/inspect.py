@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from gemloupe import sizes
+from gemloupe import recipe, sizes
 from gemloupe.checkpoint import Checkpoint
 from gemloupe.config import LayerConfig, ModelConfig, TextConfig
 from gemloupe.errors import format_bytes
@@ -43,7 +45,7 @@ class Report:
     groups: tuple[LayerGroup, ...]
     parameters: Parameters
     weight_bytes: dict[str, int]
-    """Bytes of the text decoder's weights by dtype; of int8 and int4 an estimate."""
+    """Bytes of the text decoder's weights on disk by dtype, int8 and int4 by their recipes."""
     kv_bytes_per_token: tuple[int, int]
     """Bytes at two a number, as (all sliding, all full) layers."""
     kv_bytes_full_context: int
@@ -53,8 +55,8 @@ class Report:
     checkpoint: Checkpoint | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        parts = [self._head(), self._layers(), self._parameters(), self._memory()]
-        return "\n\n".join(parts)
+        parts = [self._head(), self._layers(), self._parameters(), self._weights(), self._memory()]
+        return "\n\n".join(part for part in parts if part)
 
     def _head(self) -> str:
         text = self.config.text
@@ -122,11 +124,35 @@ class Report:
         lines = [f"  {name:<{width}}  {count:>16,}" for name, count in rows]
         return "Parameters\n" + "\n".join(lines)
 
+    def _weights(self) -> str:
+        """The dtype of each kind of tensor, where a checkpoint is quantised."""
+        if self.checkpoint is None or self.checkpoint.dtype in recipe.PLAIN:
+            return ""
+        kinds: dict[tuple[str, str], list[int]] = {}
+        for name, tensor in self.checkpoint.text_tensors.items():
+            kind = re.sub(r"^layers\.\d+\.", "layers.*.", name)
+            counts = kinds.setdefault((kind, tensor.dtype), [0, 0, 0])
+            counts[0] += 1
+            counts[1] += math.prod(tensor.shape)
+            counts[2] += tensor.nbytes
+        rows = [("tensor", "dtype", "bits a weight", "count", "size")]
+        rows += [
+            (kind, dtype, f"{8 * size / elements:.2f}", str(count), format_bytes(size))
+            for (kind, dtype), (count, elements, size) in kinds.items()
+        ]
+        text = "Weights\n" + _table(rows)
+        made = self.checkpoint.provenance
+        if made is not None:
+            text += (
+                f"\n  packed as {made.dtype} from {made.source} ({made.source_dtype}) by gemloupe "
+                f"{made.gemloupe}"
+            )
+        return text
+
     def _memory(self) -> str:
         lines = []
         for dtype, count in self.weight_bytes.items():
-            note = "  estimate, for a later version" if dtype in sizes.LATER_DTYPES else ""
-            lines.append(f"  weights, {dtype:<10}{format_bytes(count):>12}{note}")
+            lines.append(f"  weights, {dtype:<10}{format_bytes(count):>12}")
         sliding, full = self.kv_bytes_per_token
         context = self.config.text.max_position_embeddings
         rows = [
@@ -158,7 +184,12 @@ def describe(source: Source) -> Report:
         groups=_groups(text),
         parameters=parameters,
         weight_bytes={
-            dtype: round(parameters.text * bits / 8) for dtype, bits in sizes.WEIGHT_BITS.items()
+            "float32": 4 * parameters.text,
+            "bfloat16": 2 * parameters.text,
+            **{
+                dtype: sizes.config_bytes(text, "bfloat16", dtype, table=True)
+                for dtype in ("int8", "int4")
+            },
         },
         kv_bytes_per_token=sizes.kv_bytes_per_token(text),
         kv_bytes_full_context=sizes.kv_bytes(text, text.max_position_embeddings),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemloupe import _core, generation
+from gemloupe import _core, generation, recipe, sizes
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.cache import KvCache
@@ -16,11 +15,13 @@ from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
 from gemloupe.errors import did_you_mean, does_not_fit, one_of, quoted
 from gemloupe.output import Output
+from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
+from gemloupe.safetensors_header import TensorInfo
 from gemloupe.stream import Stream
 from gemloupe.tokenizer import Tokenizer
+from gemloupe.weights import Weights
 
-DTYPES = ("auto", "float32", "bfloat16")
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
 # Conversions of more weights than this show a progress bar.
 _BAR_BYTES = 1 << 30
@@ -28,20 +29,29 @@ _BAR_BYTES = 1 << 30
 
 def load(
     source: str | os.PathLike[str],
-    dtype: str = "auto",
+    dtype: str | Mapping[str, str] = "auto",
     *,
     threads: int | None = None,
     kv_dtype: str = "auto",
     max_memory: int | None = None,
+    residency: str = "mapped",
+    activations: str = "auto",
     invariant: bool | None = None,
     embed_scale: str = "auto",
 ) -> Model:
-    """Loads a checkpoint: a folder, a hub id, or "demo:edge", "demo:moe", "demo:dense".
+    """Loads a checkpoint: a folder, a GGUF file, a hub id, or "demo:edge", "demo:moe", …
 
-    `dtype`: "auto" (as stored), "float32" or "bfloat16". It is the weights'; activations are
-    float32. Files are mapped: only "bfloat16" from another stored type makes a copy ("float32"
-    reads narrower weights exactly as they are stored). On CPUs with bfloat16 products, long
-    prefills of "auto" and "bfloat16" round activations too; "float32" never does.
+    `dtype`: "auto" (as stored), "float32", "bfloat16", "int8" or "int4". It is the weights';
+    activations are float32. Files are mapped: only what is not stored in the wanted dtype is
+    converted, on all threads, into a private copy ("float32" reads narrower weights exactly as
+    they are stored). `gemloupe.recipe` says which tensors keep more bits under "int8" and "int4";
+    a mapping overrides it by name pattern, the later pattern first:
+    {"default": "int4", "*.mlp.down_proj.weight": "int8"}. A folder that `gemloupe convert` wrote
+    is loaded with "auto". On CPUs with bfloat16 products, long prefills of "auto" and "bfloat16"
+    round activations too; "float32" never does.
+    `activations`: products with quantised weights round activations to int8 in groups of 32;
+    "float32" computes them exactly, more slowly. `residency`: weights stay "mapped" from the file,
+    or are copied into private 2 MiB pages ("resident").
     `threads`: None for every CPU that this process may use. `kv_dtype`: "auto" is float32 with
     dtype "float32", else float16; also "bfloat16". `max_memory`: most bytes that weights may take.
     `invariant=True` (or GEMLOUPE_INVARIANT=1): a row's bits do not depend on batch, chunk or
@@ -54,34 +64,31 @@ def load(
     Raises FileNotFoundError, ValueError (naming file, tensor or field, got and expected),
     ConnectionError (hub out of reach) and MemoryError (with the figures, before allocating).
     """
-    _check_choice("dtype", dtype, DTYPES)
+    recipe.check(dtype)
     _check_choice("kv_dtype", kv_dtype, KV_DTYPES)
+    _check_choice("residency", residency, ("mapped", "resident"))
+    _check_choice("activations", activations, ("auto", "float32"))
     _check_choice("embed_scale", embed_scale, ("auto", "float32", "bfloat16"))
     threads = _check_threads(threads)
     checkpoint = open_checkpoint(source)
+    preset = recipe.name_of(dtype)
+    targets = sizes.weight_targets(checkpoint, dtype)
     options = _core.TextModelOptions()
-    options.round_to_bfloat16 = dtype == "bfloat16"
-    options.bfloat16_matmul = dtype != "float32"
-    options.round_embed_scale = _rounds_scale(dtype, embed_scale, checkpoint)
+    options.bfloat16_matmul = preset != "float32"
+    options.float32_activations = activations == "float32"
+    options.round_embed_scale = rounds_scale(preset, embed_scale, checkpoint)
     asked = os.environ.get("GEMLOUPE_INVARIANT") == "1"
     options.invariant = asked if invariant is None else invariant
     options.threads = threads
     if kv_dtype == "auto":
-        kv_dtype = "float32" if dtype == "float32" else "float16"
+        kv_dtype = "float32" if preset == "float32" else "float16"
     options.kv_dtype = kv_dtype
-    _check_memory(checkpoint, dtype, max_memory)
-    files: dict[int, list[_core.TensorEntry]] = {}
-    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    for name, tensor in checkpoint.text_tensors.items():
-        files.setdefault(tensor.file, []).append(
-            _core.TensorEntry(
-                name, names[tensor.dtype], list(tensor.shape), tensor.begin, tensor.end
-            )
-        )
-    paths = [(str(checkpoint.files[file]), entries) for file, entries in files.items()]
-    with _LoadBar(checkpoint, dtype) as bar:
-        core = _core.TextModel(core_config(checkpoint.config.text), paths, options, bar.show)
-    return Model(core, checkpoint, dtype, kv_dtype)
+    _check_memory(checkpoint, dtype, residency, max_memory)
+    weights = stored_weights(checkpoint, targets)
+    weights.set_resident(residency == "resident")
+    with _load_bar(checkpoint, targets, residency) as bar:
+        core = _core.TextModel(core_config(checkpoint.config.text), weights, options, bar.show)
+    return Model(core, checkpoint, preset, kv_dtype)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -98,30 +105,83 @@ def _check_threads(threads: int | None) -> int:
     return threads
 
 
-def _rounds_scale(dtype: str, embed_scale: str, checkpoint: Checkpoint) -> bool:
+def rounds_scale(preset: str, embed_scale: str, checkpoint: Checkpoint) -> bool:
+    """Whether √hidden_size is rounded to bfloat16, as `load`'s embed_scale says."""
     if embed_scale != "auto":
         return embed_scale == "bfloat16"
-    stored = checkpoint.dtype if dtype == "auto" else dtype
+    if checkpoint.provenance is not None:
+        return checkpoint.provenance.embed_scale == "bfloat16"
+    if checkpoint.is_gguf:
+        return False
+    stored = checkpoint.dtype if preset == "auto" else preset
     return stored != "float32"
 
 
-def _check_memory(checkpoint: Checkpoint, dtype: str, max_memory: int | None) -> None:
+def stored_weights(
+    checkpoint: Checkpoint, targets: Mapping[str, str], *, full_names: bool = False
+) -> _core.Weights:
+    """The text decoder's tensors for the engine, to be converted to `targets`.
+
+    Under their names without prefix, or with `full_names` under those of the files.
+    """
+    prefix = checkpoint.prefix if full_names else ""
+    files: dict[int, list[_core.TensorEntry]] = {}
+    weights = _core.Weights()
+    paths = [str(path) for path in checkpoint.files]
+    for name, tensor in checkpoint.text_tensors.items():
+        if tensor.pair is None:
+            entry = _core.TensorEntry(
+                prefix + name, tensor.dtype, list(tensor.shape), tensor.begin, tensor.end
+            )
+            files.setdefault(tensor.file, []).append(entry)
+        else:
+            (packed_file, packed), (scale_file, scale) = tensor.pair.packed, tensor.pair.scale
+            weights.add_pack_quantized(
+                prefix + name, list(tensor.shape),
+                paths[packed_file], _entry(packed), paths[scale_file], _entry(scale),
+            )  # fmt: skip
+    for file, entries in files.items():
+        weights.add_file(paths[file], entries)
+    for name, target in targets.items():
+        if target != checkpoint.text_tensors[name].dtype:
+            weights.set_target(prefix + name, target)
+    return weights
+
+
+def _entry(info: TensorInfo) -> _core.TensorEntry:
+    return _core.TensorEntry(info.name, info.dtype, list(info.shape), info.begin, info.end)
+
+
+def _check_memory(
+    checkpoint: Checkpoint, dtype: str | Mapping[str, str], residency: str, max_memory: int | None
+) -> None:
     """Raises MemoryError where the weights that every token reads do not fit.
 
     Mapped weights count too: one that is not in memory is read from disk for every token. Of the
     per-layer embedding table only a few rows are.
     """
     available = _core.available_memory() if max_memory is None else max_memory
-    tables = ("embed_tokens_per_layer.weight",)
-    tensors = [t for name, t in checkpoint.text_tensors.items() if name not in tables]
-    stored = sum(t.end - t.begin for t in tensors)
-    rounded = sum((t.end - t.begin) // (2 if t.dtype == "float32" else 1) for t in tensors)
-    needed = rounded if dtype == "bfloat16" else stored
-    if needed > available:
-        fits = dtype != "bfloat16" and rounded <= available
-        alternatives = [('dtype="bfloat16"', rounded)] if fits else []
-        what = f"{checkpoint.source}: the model in {checkpoint.dtype if dtype == 'auto' else dtype}"
-        raise does_not_fit(what, needed, available, alternatives)
+    needed = sizes.resident_bytes(checkpoint, dtype, residency)
+    if needed <= available:
+        return
+    alternatives = []
+    if checkpoint.provenance is None:
+        for name in ("bfloat16", "int8", "int4"):
+            smaller = sizes.resident_bytes(checkpoint, name)
+            if smaller < needed and smaller <= available:
+                alternatives.append((f'dtype="{name}"', smaller))
+    label = checkpoint.dtype if dtype == "auto" else recipe.name_of(dtype)
+    what = f"{checkpoint.source}: the model in {label}"
+    raise does_not_fit(what, needed, available, alternatives)
+
+
+def _load_bar(checkpoint: Checkpoint, targets: Mapping[str, str], residency: str) -> ProgressBar:
+    converted = sum(
+        tensor.nbytes
+        for name, tensor in checkpoint.text_tensors.items()
+        if residency == "resident" or targets.get(name, tensor.dtype) != tensor.dtype
+    )
+    return ProgressBar("loading weights", shown=converted > _BAR_BYTES)
 
 
 def core_config(config: TextConfig) -> _core.TextConfig:
@@ -140,30 +200,6 @@ def core_config(config: TextConfig) -> _core.TextConfig:
     return core
 
 
-class _LoadBar:
-    """A progress bar for a load that converts many weights, on a terminal only."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
-        size = sum(t.end - t.begin for t in checkpoint.text_tensors.values())
-        converts = dtype == "bfloat16" and checkpoint.dtype != "bfloat16"
-        self._bar: Any = None
-        if converts and size > _BAR_BYTES and sys.stderr is not None and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=100, desc="rounding weights to bfloat16", unit="%", leave=False)
-
-    def __enter__(self) -> _LoadBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, fraction: float) -> None:
-        if self._bar is not None:
-            self._bar.update(round(100 * fraction) - self._bar.n)
-
-
 class Model:
     """A Gemma 4 model, made by `load`. Threads may share one: their passes take turns."""
 
@@ -174,7 +210,7 @@ class Model:
         self.checkpoint = checkpoint
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         self.kv_dtype = kv_dtype
-        self._tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
+        self._tokenizer = checkpoint.new_tokenizer()
 
     @property
     def config(self) -> ModelConfig:
@@ -190,6 +226,11 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """Reads tokenizer.json when text is first encoded or decoded; ids never need it."""
         return self._tokenizer
+
+    @property
+    def weights(self) -> Weights:
+        """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`."""
+        return Weights(self.core, self.checkpoint)
 
     @property
     def threads(self) -> int:

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemloupe import checkpoint, hub, safetensors_header
+from gemloupe import checkpoint, hub, packed, recipe, safetensors_header
 from gemloupe.checkpoint import Checkpoint, expected_text_tensors
 from gemloupe.config import LayerConfig, ModelConfig, TextConfig
 from gemloupe.errors import format_bytes, one_of, quoted
 from gemloupe.towers import BUFFER_NAMES, tower_parameters
 from gemloupe.variants import VARIANTS, Variant
 
-# Bits per weight. int8 and int4: groups of 32 with a 16-bit scale, the recipe of later versions.
-WEIGHT_BITS: dict[str, float] = {"float32": 32, "bfloat16": 16, "int8": 8.5, "int4": 4.5}
-LATER_DTYPES = ("int8", "int4")
+# Bits per weight of a recipe's body; `recipe` says which tensors have more.
+WEIGHT_BITS: dict[str, float] = {
+    name: recipe.BITS[name] for name in ("float32", "bfloat16", "int8", "int4")
+}
+# Beside a converted tensor: parts of the source and of a float32 form of it.
+_CONVERTING_BYTES = 64 << 20
 KV_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _KV_BLOCK = 64  # Positions; csrc/ops/attention.h.
@@ -132,7 +135,7 @@ class Estimate:
     context: int
     weights: int
     """Mapped from the files where these hold the wanted type (float32 reads bfloat16 files as they
-    are), else a private copy."""
+    are), else a private copy. Without the per-layer table, of which only rows are read."""
     kv_cache: int
     scratch: int
     """About what one pass of the default chunk needs beside them."""
@@ -145,11 +148,8 @@ class Estimate:
         return self.total
 
     def __str__(self) -> str:
-        later = (
-            " (estimate: this version does not load it yet)" if self.dtype in LATER_DTYPES else ""
-        )
         return (
-            f"{self.name}, {self.dtype}{later}, context {self.context:,}: "
+            f"{self.name}, {self.dtype}, context {self.context:,}: "
             f"{format_bytes(self.total)}\n"
             f"  weights   {format_bytes(self.weights):>12}  stored as {self.stored_dtype}\n"
             f"  KV cache  {format_bytes(self.kv_cache):>12}  {self.kv_dtype}\n"
@@ -162,7 +162,7 @@ Source = str | os.PathLike[str] | ModelConfig | Checkpoint | Variant
 
 def estimate(
     source: Source,
-    dtype: str = "auto",
+    dtype: recipe.Dtype = "auto",
     context: int = 4096,
     kv_dtype: str = "auto",
     *,
@@ -171,21 +171,17 @@ def estimate(
     """Returns the bytes of RAM that `source` needs, before anything is loaded.
 
     `source` is what `load` takes, a released model's name ("31B"), or a config; of a hub model
-    only config.json is fetched. ValueError for an unknown dtype or a context beyond the model's.
+    only config.json is fetched. `dtype` as in `load`: the figures of a checkpoint that must be
+    converted are those of doing so while it is loaded, of a config those of a packed folder.
+    ValueError for an unknown dtype or a context beyond the model's.
     """
     name, subject = find(source)
     config = subject if isinstance(subject, ModelConfig) else subject.config
     stored = subject.dtype if isinstance(subject, Checkpoint) else config.dtype or "bfloat16"
+    recipe.check(dtype)
+    preset = recipe.name_of(dtype)
     if kv_dtype == "auto":
-        kv_dtype = "float32" if dtype == "float32" else "float16"  # As `load` does.
-    if dtype == "auto":
-        dtype = stored
-    choices = ("auto", *WEIGHT_BITS, stored)
-    if dtype not in choices:
-        raise ValueError(
-            f"dtype is {quoted(dtype)}; expected {one_of(list(dict.fromkeys(choices)))}. "
-            "Give one of these."
-        )
+        kv_dtype = "float32" if preset == "float32" else "float16"  # As `load` does.
     if kv_dtype not in KV_BYTES:
         raise ValueError(
             f"kv_dtype is {quoted(kv_dtype)}; expected {one_of(['auto', *KV_BYTES])}. "
@@ -199,23 +195,66 @@ def estimate(
         )
     return Estimate(
         name=name,
-        dtype=dtype,
+        dtype=stored if preset == "auto" else preset,
         stored_dtype=stored,
         kv_dtype=kv_dtype,
         context=context,
-        weights=_weight_bytes(subject, stored, dtype),
+        weights=(
+            config_bytes(config.text, stored, dtype)
+            if isinstance(subject, ModelConfig)
+            else resident_bytes(subject, dtype)
+        ),
         kv_cache=kv_bytes(config.text, context, KV_BYTES[kv_dtype], chunk=chunk),
         scratch=_scratch_bytes(config.text, min(chunk, context)),
     )
 
 
-def _weight_bytes(subject: ModelConfig | Checkpoint, stored: str, dtype: str) -> int:
-    count = count_parameters(subject).text
-    if dtype in LATER_DTYPES or dtype == "bfloat16":
-        return round(count * WEIGHT_BITS[dtype] / 8)
-    if isinstance(subject, Checkpoint):
-        return sum(tensor.end - tensor.begin for tensor in subject.text_tensors.values())
-    return count * (4 if stored == "float32" else 2)
+def weight_targets(subject: Checkpoint, dtype: recipe.Dtype) -> dict[str, str]:
+    """Returns the dtype in which `load` holds each matrix of a checkpoint.
+
+    ValueError for an unknown dtype or pattern, and for another one than a packed file's.
+    """
+    made = subject.provenance
+    if made is not None and dtype not in ("auto", made.dtype):
+        raise ValueError(
+            f"{subject.source}: dtype is {quoted(dtype)}, but this folder was packed as "
+            f"{quoted(made.dtype)}; expected 'auto'. Load or convert the checkpoint that it was "
+            f"made from, {quoted(made.source)}."
+        )
+    tensors = {name: (t.dtype, t.shape) for name, t in subject.text_tensors.items()}
+    return recipe.targets("auto" if made is not None else dtype, tensors, subject.prefix)
+
+
+def resident_bytes(subject: Checkpoint, dtype: recipe.Dtype, residency: str = "mapped") -> int:
+    """Returns bytes of weights that `load` needs in memory, mapped or copied.
+
+    The table of which only rows are read counts where it must be converted.
+    """
+    targets = weight_targets(subject, dtype)
+    total = largest = 0
+    for name, tensor in subject.text_tensors.items():
+        target = targets.get(name, "float32")
+        copied = target != tensor.dtype and name in targets
+        if name == recipe.TABLE and not copied:
+            continue
+        total += recipe.nbytes(target, tensor.shape)
+        if copied or residency == "resident":
+            largest = max(largest, tensor.nbytes)
+    return total + min(largest, _CONVERTING_BYTES)
+
+
+def config_bytes(text: TextConfig, stored: str, dtype: recipe.Dtype, *, table: bool = False) -> int:
+    """The same of a checkpoint with this config, converted beforehand or stored in `dtype`.
+
+    With `table` that of which only rows are read counts too: bytes on disk.
+    """
+    tensors = {name: (stored, shape) for name, shape in expected_text_tensors(text).items()}
+    targets = recipe.targets(dtype, tensors)
+    return sum(
+        recipe.nbytes(targets.get(name, "float32"), shape)
+        for name, (_, shape) in tensors.items()
+        if table or name != recipe.TABLE
+    )
 
 
 def _scratch_bytes(text: TextConfig, rows: int) -> int:
@@ -250,8 +289,11 @@ def find(source: Source) -> tuple[str, ModelConfig | Checkpoint]:
         if released is None:
             raise
         return name, released.config
-    if (folder / "model.safetensors").is_file() or (
-        folder / safetensors_header.INDEX_NAME
-    ).is_file():
+    if (
+        folder.is_file()
+        or (folder / "model.safetensors").is_file()
+        or (folder / safetensors_header.INDEX_NAME).is_file()
+        or packed.is_packed(folder)
+    ):
         return name, checkpoint.open_checkpoint(name, folder=folder)
     return name, checkpoint.read_folder_config(folder)

@@ -1,0 +1,28 @@
+"""A progress bar on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class ProgressBar:
+    """Shows the fraction of a long piece of work; silent where stderr is no terminal."""
+
+    def __init__(self, text: str, *, shown: bool = True) -> None:
+        self._bar: Any = None
+        if shown and sys.stderr is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=100, desc=text, unit="%", leave=False)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, fraction: float) -> None:
+        if self._bar is not None:
+            self._bar.update(int(100 * fraction) - self._bar.n)
