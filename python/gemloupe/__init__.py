@@ -8,6 +8,7 @@ print(model.chat("What is 27 + 45?"))
 
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
+from gemloupe.convert import convert
 from gemloupe.hooks import HookPoint
 from gemloupe.inspect import estimate
 from gemloupe.model import Model, load
@@ -34,6 +35,7 @@ __all__ = [
     "Run",
     "Stream",
     "__version__",
+    "convert",
     "estimate",
     "hook_points",
     "load",

@@ -97,7 +97,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The type that most of the text decoder's bytes have."""
+        """The type that most of the text decoder's bytes have, or what it was packed as."""
+        if self.provenance is not None:
+            return self.provenance.dtype
         sizes: dict[str, int] = {}
         for tensor in self.text_tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes

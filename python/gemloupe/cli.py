@@ -1,4 +1,4 @@
-"""The command line: `gemloupe generate`, `chat`, `inspect` and `doctor`."""
+"""The command line: `gemloupe generate`, `chat`, `inspect`, `convert` and `doctor`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemloupe.output import Output
     from gemloupe.stream import Stream
 
-COMMANDS = ("generate", "chat", "inspect", "doctor")
+COMMANDS = ("generate", "chat", "inspect", "convert", "doctor")
 _DEFAULT_MODEL = "demo:edge"
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130
@@ -56,7 +56,18 @@ _INSPECT_EXAMPLES = """\
 examples:
   gemloupe inspect demo:moe
   gemloupe inspect google/gemma-4-E2B-it
-  gemloupe inspect ./my-checkpoint"""
+  gemloupe inspect ./my-checkpoint
+  gemloupe inspect --verify ./my-packed-checkpoint"""
+
+_CONVERT_EXAMPLES = """\
+examples:
+  gemloupe convert google/gemma-4-E2B-it e2b-int4
+  gemloupe convert ./my-checkpoint my-int8 --dtype int8
+  gemloupe convert ./my-checkpoint my-int4 --keep "*.mlp.down_proj.weight=int8"
+  gemloupe convert gemma-4-E2B-it-Q4_0.gguf e2b-q4 --dtype auto
+
+The folder holds weights as the kernels read them: it loads in no time, and its pages are shared
+between processes. --dtype auto keeps the values of a quantised checkpoint."""
 
 _DOCTOR_EXAMPLES = """\
 examples:
@@ -143,7 +154,13 @@ def _parser() -> _Parser:
     inspect = _add_command(
         commands, "inspect", _run_inspect, "show what a model is made of", _INSPECT_EXAMPLES
     )
-    inspect.add_argument("source", metavar="SOURCE", help="a folder, a hub id, or demo:edge")
+    inspect.add_argument(
+        "source", metavar="SOURCE", help="a folder, a GGUF file, a hub id, or demo:edge"
+    )
+    inspect.add_argument(
+        "--verify", action="store_true", help="read a packed checkpoint's tensors, check their CRCs"
+    )
+    _add_convert(commands)
     _add_command(
         commands, "doctor", _run_doctor, "show what this machine can run", _DOCTOR_EXAMPLES
     )
@@ -205,6 +222,28 @@ def _add_chat(commands: Any) -> None:
     _add_sampling_options(parser)
 
 
+def _add_convert(commands: Any) -> None:
+    parser = _add_command(
+        commands, "convert", _run_convert, "write a quantised, packed checkpoint", _CONVERT_EXAMPLES
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="a folder, a GGUF file, a hub id, or demo:edge"
+    )
+    parser.add_argument("destination", metavar="DST", help="the folder to make")
+    parser.add_argument(
+        "--dtype", default="int4", help="int4, int8, bfloat16, float32 or auto (default: int4)"
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN=DTYPE",
+        help="another dtype for tensors of these names; may be given several times",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a packed checkpoint at DST")
+    parser.add_argument("--threads", type=int, help="default: every CPU this process may use")
+
+
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
@@ -212,7 +251,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULT_MODEL,
         help=f"a folder, a hub id, or demo:edge, demo:moe, demo:dense (default: {_DEFAULT_MODEL})",
     )
-    group.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: auto)")
+    group.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
+    )
     group.add_argument("--threads", type=int, help="default: every CPU this process may use")
 
 
@@ -337,9 +378,35 @@ def _show_speed(out: Output) -> None:
 
 
 def _run_inspect(arguments: argparse.Namespace) -> None:
-    from gemloupe.inspect import describe
+    from gemloupe.inspect import describe, verify
 
-    print(describe(arguments.source))
+    if arguments.verify:
+        print(verify(arguments.source))
+    else:
+        print(describe(arguments.source))
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    from gemloupe.convert import convert
+    from gemloupe.errors import format_bytes
+    from gemloupe.packed import FILE_NAME
+
+    dtype: dict[str, str] = {"default": arguments.dtype}
+    for keep in arguments.keep:
+        pattern, equals, name = keep.rpartition("=")
+        if not equals or not pattern:
+            raise ValueError(
+                f"--keep is {keep!r}; expected PATTERN=DTYPE, such as *.mlp.down_proj.weight=int8"
+            )
+        dtype[pattern] = name
+    folder = convert(
+        arguments.source,
+        arguments.destination,
+        dtype if arguments.keep else arguments.dtype,
+        force=arguments.force,
+        threads=arguments.threads,
+    )
+    print(f"{folder}: {format_bytes((folder / FILE_NAME).stat().st_size)}")
 
 
 def _run_doctor(arguments: argparse.Namespace) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from gemloupe import recipe, sizes
-from gemloupe.checkpoint import Checkpoint
+from gemloupe import packed, recipe, sizes
+from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import LayerConfig, ModelConfig, TextConfig
-from gemloupe.errors import format_bytes
+from gemloupe.errors import bullet_list, format_bytes
+from gemloupe.progress import ProgressBar
 from gemloupe.sizes import Estimate, Parameters, Source, estimate
 
-__all__ = ["Estimate", "LayerGroup", "Report", "describe", "estimate"]
+__all__ = ["Estimate", "LayerGroup", "Report", "describe", "estimate", "verify"]
 
 _DESCRIPTIONS = {
     "vision_tower": "vision encoder",
@@ -196,6 +198,27 @@ def describe(source: Source) -> Report:
         stored=_stored(subject) if isinstance(subject, Checkpoint) else "",
         checkpoint=subject if isinstance(subject, Checkpoint) else None,
     )
+
+
+def verify(source: str | os.PathLike[str]) -> str:
+    """Reads every tensor of a packed checkpoint, and says that all are as they were written.
+
+    ValueError naming the damaged ones, and for a checkpoint that is not packed.
+    """
+    opened = open_checkpoint(source)
+    if opened.provenance is None:
+        raise ValueError(
+            f"{opened.source}: only packed checkpoints hold checksums of their tensors; expected a "
+            "folder that gemloupe convert wrote. Give one, or leave out --verify."
+        )
+    with ProgressBar("verifying") as bar:
+        damaged = packed.damaged_tensors(opened.folder, bar.show)
+    if damaged:
+        raise ValueError(
+            f"{opened.files[0]}: {len(damaged)} of {len(opened.tensors)} tensors are damaged:\n"
+            f"{bullet_list(damaged)}\nConvert {opened.provenance.source} again."
+        )
+    return f"{opened.files[0]}: all {len(opened.tensors)} tensors are as they were written"
 
 
 def _stored(checkpoint: Checkpoint) -> str:

@@ -69,9 +69,10 @@ def load(
     _check_choice("residency", residency, ("mapped", "resident"))
     _check_choice("activations", activations, ("auto", "float32"))
     _check_choice("embed_scale", embed_scale, ("auto", "float32", "bfloat16"))
-    threads = _check_threads(threads)
+    threads = check_threads(threads)
     checkpoint = open_checkpoint(source)
-    preset = recipe.name_of(dtype)
+    made = checkpoint.provenance
+    preset = recipe.name_of(dtype if made is None else made.recipe)
     targets = sizes.weight_targets(checkpoint, dtype)
     options = _core.TextModelOptions()
     options.bfloat16_matmul = preset != "float32"
@@ -97,7 +98,8 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} is {value!r}; expected {one_of(choices)}. {hint}".rstrip())
 
 
-def _check_threads(threads: int | None) -> int:
+def check_threads(threads: int | None) -> int:
+    """Returns the engine's number of threads: 0 for all; ValueError for what is no number."""
     if threads is None:
         return 0
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:

@@ -23,7 +23,7 @@ class Provenance:
     """Where a packed file came from, as convert wrote it down."""
 
     dtype: str
-    """The preset of its recipe."""
+    """The preset of its recipe; "auto" is written as the source's dtype."""
     recipe: dict[str, str]
     """The patterns that convert was given, "default" among them."""
     embed_scale: str
