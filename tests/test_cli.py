@@ -61,10 +61,9 @@ def _type(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_alone_it_shows_five_things_to_try(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("  ") for line in lines) == 5
-    for command in cli.COMMANDS:
-        assert any(line.startswith(f"  gemloupe {command}") for line in lines)
+    text = capsys.readouterr().out
+    assert sum(line.startswith("  ") for line in text.splitlines()) == 5
+    assert all(f"gemloupe {command}" in text for command in cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -83,7 +82,7 @@ def test_help_lists_only_commands_that_work(capsys: pytest.CaptureFixture[str]) 
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"\n    {command}" in text for command in cli.COMMANDS)
-    assert not any(later in text for later in ("serve", "convert", "compare", "bench"))
+    assert not any(later in text for later in ("serve", "compare", "bench"))
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,8 @@ gemloupe runs the Gemma 4 family on CPUs and lets you see inside. Five things to
   python -c 'import gemloupe as gl; print(gl.load("demo:edge").chat("What is 27 + 45?"))'
 
 gemloupe COMMAND --help shows the options of a command, with examples. Instead of demo:edge,
-a model may be a folder with a transformers checkpoint or a hub id such as google/gemma-4-E2B-it."""
+a model may be a folder with a transformers checkpoint, a GGUF file, or a hub id such as
+google/gemma-4-E2B-it; "gemloupe convert" makes it four times smaller and quicker to load."""
 
 _GENERATE_EXAMPLES = """\
 examples:
