@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from safetensors.torch import load_file
 
 K_TYPES = (Type.Q4_K, Type.Q5_K, Type.Q6_K)
 TYPES = (Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q8_0, *K_TYPES)
@@ -64,7 +63,7 @@ TypeOf = Callable[[str, np.ndarray], Type]
 
 
 def all_of(wanted: Type) -> TypeOf:
-    """Matrices in `wanted` where its blocks fit their rows, else Q8_0; what llama.cpp keeps, kept."""
+    """Matrices in `wanted`, or in Q8_0 where its blocks don't fit; what llama.cpp keeps is kept."""
 
     def type_of(name: str, values: np.ndarray) -> Type:
         if values.ndim == 1 or "ffn_gate_inp" in name:
@@ -125,7 +124,9 @@ def write_gguf(
     return held
 
 
-def _stored(folder: Path):
+def _stored(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    from safetensors.torch import load_file
+
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             if "language_model" in name or name.startswith("model."):
@@ -161,26 +162,29 @@ def encode(
     return data, gguf.dequantize(data, kind)
 
 
-# (block bytes, places of float16 scales, value of a unit: spread of the decoded integers).
+# Block bytes, where the float16 scale is, and the spread of what it multiplies.
 _K_BLOCKS = {
-    Type.Q4_K: (144, (0, 2), 8 * 32),
-    Type.Q5_K: (176, (0, 2), 16 * 32),
-    Type.Q6_K: (210, (208,), 16 * 64),
+    Type.Q4_K: (144, 0, 4.6 * 36),
+    Type.Q5_K: (176, 0, 9.2 * 36),
+    Type.Q6_K: (210, 208, 1370),
 }
+_MIDDLE = {Type.Q4_K: 7.5, Type.Q5_K: 15.5}
 
 
 def random_blocks(
     shape: tuple[int, ...], kind: Type, spread: float, random: np.random.Generator
 ) -> np.ndarray:
-    """Random K blocks whose values have about the standard deviation `spread`."""
-    size, places, unit = _K_BLOCKS[kind]
+    """Random K blocks of values around 0 with about the standard deviation `spread`."""
+    size, place, unit = _K_BLOCKS[kind]
     blocks = random.integers(0, 256, (*shape[:-1], shape[-1] // 256, size), dtype=np.uint8)
-    for place in places:
-        scales = random.uniform(0.5, 1.5, blocks.shape[:-1]) * spread / unit
-        if place == 2:  # dmin: the middle of the integers becomes 0
-            scales *= unit / 64
-        bytes_ = scales.astype("<f2")[..., None].view(np.uint8)
-        blocks[..., place : place + 2] = bytes_
+    scales = random.uniform(0.5, 1.5, blocks.shape[:-1]) * spread / unit
+    blocks[..., place : place + 2] = scales.astype("<f2")[..., None].view(np.uint8)
+    if kind in _MIDDLE:
+        # Minima that are the middle of the integers: their 6-bit parts equal those of the scales.
+        minima = (scales * _MIDDLE[kind]).astype("<f2")
+        blocks[..., 2:4] = minima[..., None].view(np.uint8)
+        blocks[..., 8:12] = blocks[..., 4:8]
+        blocks[..., 12:16] = (blocks[..., 12:16] & 15) * 17
     return blocks.reshape(*shape[:-1], -1)
 
 

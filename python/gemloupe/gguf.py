@@ -357,6 +357,8 @@ def _read_config(
                 "partial_rotary_factor": _fraction(pairs, head_dims[0]),
             },
         },
+        # No key says it: the models without per-layer inputs see image blocks whole.
+        "use_bidirectional_attention": None if per_layer else "vision",
         "tie_word_embeddings": True,
         **_experts(metadata),
         **_token_ids(metadata, vocab),
