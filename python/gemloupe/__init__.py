@@ -8,7 +8,7 @@ print(model.chat("What is 27 + 45?"))
 
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
-from gemloupe.convert import convert
+from gemloupe.conversion import convert
 from gemloupe.hooks import HookPoint
 from gemloupe.inspect import estimate
 from gemloupe.model import Model, load

@@ -388,7 +388,7 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
 
 
 def _run_convert(arguments: argparse.Namespace) -> None:
-    from gemloupe.convert import convert
+    from gemloupe.conversion import convert
     from gemloupe.errors import format_bytes
     from gemloupe.packed import FILE_NAME
 
