@@ -11,6 +11,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace gemloupe {
 namespace {
@@ -24,6 +28,17 @@ uint64_t EnabledStates() {
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+// Linux hands the state of the AMX tiles to processes that ask for it, for all their threads.
+bool MayUseTiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 // Bit numbers: Intel's Software Developer's Manual, volume 2, CPUID, leaves 1 and 7.
@@ -49,7 +64,7 @@ Isa Detect() {
 
   if (subleaves < 1 || !__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) return Isa::kAvx512Vnni;
   if (!has(eax, {5})) return Isa::kAvx512Vnni;  // AVX512_BF16
-  const bool amx = has(features_d, {22, 24, 25}) && has(states, {17, 18});
+  const bool amx = has(features_d, {22, 24, 25}) && has(states, {17, 18}) && MayUseTiles();
   return amx ? Isa::kAmx : Isa::kAvx512Bf16;
 }
 #else

@@ -30,11 +30,7 @@ GEMLOUPE_INLINE __m256 Bytes(const uint8_t* p) {
 GEMLOUPE_INLINE __m256i SignedBytes(const uint8_t* p) {
   return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
-GEMLOUPE_INLINE __m256i Four(const int8_t* p) {
-  int32_t four;
-  __builtin_memcpy(&four, p, 4);
-  return _mm256_set1_epi32(four);
-}
+GEMLOUPE_INLINE __m256i Four(const int32_t* p) { return _mm256_set1_epi32(*p); }
 GEMLOUPE_INLINE __m256i AddPairs(__m256i sum, __m256i pairs) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
@@ -138,7 +134,8 @@ GEMLOUPE_INLINE int64_t TilesOf(int64_t k) {
 // Σ u q over quads [kBegin, kEnd) of a group, in 32 bits. 16-bit sums of `kChain` VPMADDUBSW stay below
 // 2¹⁵: kChain · 2 · 127 · (2^bits − 1). Bytes are taken as two halves of 4 bits.
 template <int kBits, int kBegin, int kEnd>
-GEMLOUPE_INLINE __m256i SumQuads(const uint8_t* lines, bool second, const int8_t* q) {
+GEMLOUPE_INLINE __m256i SumQuads(const uint8_t* lines, bool second, const int32_t* q,
+                                 int64_t width) {
   __m256i sum = _mm256_setzero_si256();
   if constexpr (kBits == 8) {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -147,7 +144,7 @@ GEMLOUPE_INLINE __m256i SumQuads(const uint8_t* lines, bool second, const int8_t
     GEMLOUPE_UNROLL
     for (int j = kBegin; j < kEnd; ++j) {
       const __m256i u = QuadAt<8>(lines, second, j);
-      const __m256i x = Four(q + 4 * j);
+      const __m256i x = Four(q + j * width);
       low = _mm256_add_epi16(low, _mm256_maddubs_epi16(_mm256_and_si256(u, mask), x));
       high = _mm256_add_epi16(
           high, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(u, 4), mask), x));
@@ -164,7 +161,7 @@ GEMLOUPE_INLINE __m256i SumQuads(const uint8_t* lines, bool second, const int8_t
         const int j = from + i;
         if (j >= kEnd) break;
         pairs = _mm256_add_epi16(
-            pairs, _mm256_maddubs_epi16(QuadAt<kBits>(lines, second, j), Four(q + 4 * j)));
+            pairs, _mm256_maddubs_epi16(QuadAt<kBits>(lines, second, j), Four(q + j * width)));
       }
       sum = AddPairs(sum, pairs);
     }
@@ -174,19 +171,21 @@ GEMLOUPE_INLINE __m256i SumQuads(const uint8_t* lines, bool second, const int8_t
 
 template <class Format>
 GEMLOUPE_INLINE __m256i GroupSum(const uint8_t* tile, int part, bool second, int first_row,
-                                 const int8_t* q, int32_t sum, int32_t half_sum) {
+                                 const int32_t* q, int64_t width, int32_t start,
+                                 int32_t half_start) {
+  constexpr int kFactor = Format::kZero / 8;  // of the starts
   const uint8_t* lines = Format::Lines(tile, part) + 4 * first_row;
   if constexpr (Format::kHasHalfScales) {
     const int half = 4 * part + (second ? 2 : 0);
-    const __m256i a = _mm256_sub_epi32(SumQuads<Format::kBits, 0, 4>(lines, second, q),
-                                       _mm256_set1_epi32(Format::kZero * half_sum));
-    const __m256i b = _mm256_sub_epi32(SumQuads<Format::kBits, 4, 8>(lines, second, q),
-                                       _mm256_set1_epi32(Format::kZero * (sum - half_sum)));
+    const __m256i a = _mm256_add_epi32(SumQuads<Format::kBits, 0, 4>(lines, second, q, width),
+                                       _mm256_set1_epi32(kFactor * half_start));
+    const __m256i b = _mm256_add_epi32(SumQuads<Format::kBits, 4, 8>(lines, second, q, width),
+                                       _mm256_set1_epi32(kFactor * (start - half_start)));
     return _mm256_add_epi32(_mm256_mullo_epi32(a, Format::HalfScale(tile, half, first_row)),
                             _mm256_mullo_epi32(b, Format::HalfScale(tile, half + 1, first_row)));
   }
-  return _mm256_sub_epi32(SumQuads<Format::kBits, 0, 8>(lines, second, q),
-                          _mm256_set1_epi32(Format::kZero * sum));
+  return _mm256_add_epi32(SumQuads<Format::kBits, 0, 8>(lines, second, q, width),
+                          _mm256_set1_epi32(kFactor * start));
 }
 
 GEMLOUPE_INLINE void StoreLanes(float* dst, __m256 x, int64_t begin, int64_t end) {
@@ -199,11 +198,14 @@ GEMLOUPE_INLINE void StoreLanes(float* dst, __m256 x, int64_t begin, int64_t end
   for (int64_t i = begin; i < end; ++i) dst[i] = all[i];
 }
 
+// Rows [first, first + kRows) of one group.
 template <class Format, int kRows>
-void Panels(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t row,
+void Panels(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t rows_at,
             const uint8_t* panels, int64_t begin, int64_t end, int64_t k) {
   const int64_t tiles = TilesOf<Format>(k);
-  const int64_t groups = src.padded / kGroup;
+  const int64_t width = src.width;
+  const int64_t first = rows_at / width * (src.padded / kGroup) * width + rows_at % width;
+  const int32_t* quads = src.q + rows_at / width * (src.padded / 4) * width + rows_at % width;
   for (int64_t at = begin / kHalfRows * kHalfRows; at < end; at += kHalfRows) {
     const auto first_row = static_cast<int>(at % kPanelRows);
     const uint8_t* panel =
@@ -227,19 +229,20 @@ void Panels(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t ro
       const __m256 min = Format::Min(tile, in_tile, first_row);
       GEMLOUPE_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const int64_t group_at = (row + r) * groups + group;
-        const int8_t* q = src.q + (row + r) * src.padded + group * kGroup;
-        const int32_t sum = src.sum[group_at];
+        const int64_t group_at = first + group * width + r;
+        const int32_t* q = quads + group * (kGroup / 4) * width + r;
+        const int32_t start = src.start[group_at];
         // The group's place in its 64 elements is known to the compiler on either side.
-        const __m256i dot = in_tile % 2 == 0 ? GroupSum<Format>(tile, in_tile / 2, false, first_row,
-                                                                q, sum, src.half_sum[group_at])
-                                             : GroupSum<Format>(tile, in_tile / 2, true, first_row,
-                                                                q, sum, src.half_sum[group_at]);
+        const __m256i dot = in_tile % 2 == 0
+                                ? GroupSum<Format>(tile, in_tile / 2, false, first_row, q, width,
+                                                   start, src.half_start[group_at])
+                                : GroupSum<Format>(tile, in_tile / 2, true, first_row, q, width,
+                                                   start, src.half_start[group_at]);
         const float s = src.scale[group_at];
         acc[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale, _mm256_set1_ps(s)),
                                  acc[r]);
         if constexpr (Format::kHasMin) {
-          acc[r] = _mm256_fnmadd_ps(min, _mm256_set1_ps(s * static_cast<float>(sum)), acc[r]);
+          acc[r] = _mm256_fnmadd_ps(min, _mm256_set1_ps(src.scaled_sum[group_at]), acc[r]);
         }
       }
     }
@@ -252,7 +255,7 @@ void Panels(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t ro
 }
 
 template <class Format>
-void Matmul(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t first_row, int rows,
+void Matmul(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t group, int rows,
             const uint8_t* panels, int64_t begin, int64_t end, int64_t k) {
   using Function = void (*)(float*, int64_t, const QuantizedRows&, int64_t, const uint8_t*, int64_t,
                             int64_t, int64_t);
@@ -264,8 +267,8 @@ void Matmul(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t fi
     const int64_t stop = end < panel_end ? end : panel_end;
     for (int row = 0; row < rows; row += 4) {
       const int now = rows - row < 4 ? rows - row : 4;
-      kByRows[now - 1](dst + row * dst_stride + (at - begin), dst_stride, src, first_row + row,
-                       panels, at, stop, k);
+      kByRows[now - 1](dst + row * dst_stride + (at - begin), dst_stride, src,
+                       group * src.width + row, panels, at, stop, k);
     }
     at = stop;
   }
@@ -312,7 +315,6 @@ GEMLOUPE_INLINE float LargestLane(__m256 x) {
 
 void QuantizeRow(const QuantizedRows& dst, int64_t row, const float* src, int64_t k) {
   const int64_t groups = dst.padded / kGroup;
-  int8_t* q = dst.q + row * dst.padded;
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256 infinity = _mm256_set1_ps(__builtin_inff());
   for (int64_t group = 0; group < groups; ++group) {
@@ -334,20 +336,28 @@ void QuantizeRow(const QuantizedRows& dst, int64_t row, const float* src, int64_
     const bool zero = !finite || most < 1e-30f;
     const __m256 inverse = _mm256_set1_ps(zero ? 0.0f : 127.0f / most);
     int32_t sums[2] = {0, 0};
+    int32_t* q =
+        dst.q + (row / dst.width * (dst.padded / 4) + at / 4) * dst.width + row % dst.width;
     for (int i = 0; i < kGroup; i += 8) {
       __m256i rounded = _mm256_setzero_si256();
       if (!zero) rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
       int32_t each[8];
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(each), rounded);
-      for (int lane = 0; lane < 8; ++lane) {
-        q[at + i + lane] = static_cast<int8_t>(each[lane]);
-        sums[i / 16] += each[lane];
+      for (int quad = 0; quad < 2; ++quad) {
+        int8_t four[4];
+        for (int e = 0; e < 4; ++e) {
+          four[e] = static_cast<int8_t>(each[4 * quad + e]);
+          sums[i / 16] += each[4 * quad + e];
+        }
+        __builtin_memcpy(q + (i / 4 + quad) * dst.width, four, 4);
       }
     }
-    const int64_t group_at = row * groups + group;
-    dst.scale[group_at] = !finite ? __builtin_nanf("") : (zero ? 0.0f : most / 127.0f);
-    dst.sum[group_at] = sums[0] + sums[1];
-    dst.half_sum[group_at] = sums[0];
+    const int64_t place = (row / dst.width * groups + group) * dst.width + row % dst.width;
+    const float scale = !finite ? __builtin_nanf("") : (zero ? 0.0f : most / 127.0f);
+    dst.scale[place] = scale;
+    dst.start[place] = -8 * (sums[0] + sums[1]);
+    dst.half_start[place] = -8 * sums[0];
+    dst.scaled_sum[place] = scale * static_cast<float>(sums[0] + sums[1]);
   }
 }
 
@@ -406,6 +416,8 @@ constinit const QuantKernels kQuantTable = {
     .matmul = {Matmul<Int4>, Matmul<Int6>, Matmul<Int8>, Matmul<Int4K>, Matmul<Int5K>,
                Matmul<Int6K>},
     .gemm = {},
+    .gemm_rows = 0,
+    .gemm_tiles = false,
     .unpack = {Unpack<Int4>, Unpack<Int6>, Unpack<Int8>, Unpack<Int4K>, Unpack<Int5K>,
                Unpack<Int6K>},
     .panel_matmul_f32 = PanelMatmulF32,

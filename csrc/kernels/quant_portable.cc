@@ -102,6 +102,17 @@ const uint8_t* PanelOf(const uint8_t* panels, int64_t output, int64_t k) {
   return panels + static_cast<size_t>(output / kPanelRows * tiles) * Format::kTileBytes;
 }
 
+// Where entry i of `row` stands in an array of n entries a row.
+int64_t Place(const QuantizedRows& rows, int64_t row, int64_t n, int64_t i) {
+  return (row / rows.width * n + i) * rows.width + row % rows.width;
+}
+
+int8_t Element(const QuantizedRows& rows, int64_t row, int64_t i) {
+  int8_t four[4];
+  std::memcpy(four, rows.q + Place(rows, row, rows.padded / 4, i / 4), 4);
+  return four[i % 4];
+}
+
 template <class Format>
 float Dot(const QuantizedRows& src, int64_t row, const uint8_t* panel, int o, int64_t k) {
   float acc = 0.0f;
@@ -110,28 +121,25 @@ float Dot(const QuantizedRows& src, int64_t row, const uint8_t* panel, int o, in
     const uint8_t* tile = panel + static_cast<size_t>(at / Format::kElements) * Format::kTileBytes;
     const int first = static_cast<int>(at % Format::kElements);
     const Group g = Format::GroupOf(tile, o, first / kGroup);
-    const int8_t* q = src.q + row * src.padded + at;
     int32_t sum = 0;
     for (int i = 0; i < kGroup; ++i) {
-      sum += g.half_scale[i / 16] * (Format::Integer(tile, o, first + i) - g.zero) * q[i];
+      sum += g.half_scale[i / 16] * (Format::Integer(tile, o, first + i) - g.zero) *
+             Element(src, row, at + i);
     }
-    const int64_t group_at = row * (src.padded / kGroup) + group;
-    const float scale = src.scale[group_at];
-    acc = std::fma(static_cast<float>(sum), g.scale * scale, acc);
-    if (kHasMin<Format>) {
-      acc = std::fma(-g.min, scale * static_cast<float>(src.sum[group_at]), acc);
-    }
+    const int64_t place = Place(src, row, src.padded / kGroup, group);
+    acc = std::fma(static_cast<float>(sum), g.scale * src.scale[place], acc);
+    if (kHasMin<Format>) acc = std::fma(-g.min, src.scaled_sum[place], acc);
   }
   return acc;
 }
 
 template <class Format>
-void Matmul(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t first_row, int rows,
+void Matmul(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t group, int rows,
             const uint8_t* panels, int64_t begin, int64_t end, int64_t k) {
   for (int r = 0; r < rows; ++r) {
     for (int64_t i = begin; i < end; ++i) {
       dst[r * dst_stride + i - begin] =
-          Dot<Format>(src, first_row + r, PanelOf<Format>(panels, i, k), i % kPanelRows, k);
+          Dot<Format>(src, group * src.width + r, PanelOf<Format>(panels, i, k), i % kPanelRows, k);
     }
   }
 }
@@ -163,17 +171,24 @@ void QuantizeRow(const QuantizedRows& dst, int64_t row, const float* src, int64_
     }
     const bool zero = !finite || most < 1e-30f;
     const float inverse = zero ? 0.0f : 127.0f / most;
-    int8_t* q = dst.q + row * dst.padded + at;
     int32_t sums[2] = {0, 0};
-    for (int i = 0; i < kGroup; ++i) {
-      q[i] = i < count && !zero ? static_cast<int8_t>(std::nearbyint(src[at + i] * inverse)) : 0;
-      sums[i / 16] += q[i];
+    for (int quad = 0; quad < kGroup / 4; ++quad) {
+      int8_t q[4];
+      for (int i = 0; i < 4; ++i) {
+        const int e = 4 * quad + i;
+        const bool rounds = e < count && !zero;
+        q[i] = rounds ? static_cast<int8_t>(std::nearbyint(src[at + e] * inverse)) : int8_t{0};
+        sums[e / 16] += q[i];
+      }
+      std::memcpy(dst.q + Place(dst, row, dst.padded / 4, at / 4 + quad), q, 4);
     }
-    const int64_t group_at = row * (dst.padded / kGroup) + group;
-    dst.scale[group_at] =
+    const int64_t place = Place(dst, row, dst.padded / kGroup, group);
+    const float scale =
         !finite ? std::numeric_limits<float>::quiet_NaN() : (zero ? 0.0f : most / 127.0f);
-    dst.sum[group_at] = sums[0] + sums[1];
-    dst.half_sum[group_at] = sums[0];
+    dst.scale[place] = scale;
+    dst.start[place] = -8 * (sums[0] + sums[1]);
+    dst.half_start[place] = -8 * sums[0];
+    dst.scaled_sum[place] = scale * static_cast<float>(sums[0] + sums[1]);
   }
 }
 
@@ -196,6 +211,8 @@ constexpr QuantKernels kTable = {
     .matmul = {Matmul<Int4>, Matmul<Int6>, Matmul<Int8>, Matmul<Int4K>, Matmul<Int5K>,
                Matmul<Int6K>},
     .gemm = {},
+    .gemm_rows = 0,
+    .gemm_tiles = false,
     .unpack = {Unpack<Int4>, Unpack<Int6>, Unpack<Int8>, Unpack<Int4K>, Unpack<Int5K>,
                Unpack<Int6K>},
     .panel_matmul_f32 = PanelMatmulF32,

@@ -20,24 +20,20 @@ namespace gemloupe {
 inline constexpr int kNumPackedFormats =
     6;  // int4, int6, int8, int4_k, int5_k, int6_k, in this order
 
-// Rows that the tiles of `gemm` take at once.
-inline constexpr int kGemmRows = 12;
+// Most rows of a group that `matmul` reads.
+inline constexpr int kMatmulRows = 8;
 
-// Quantised activations [rows, padded]; padded is k rounded up to 256, the rest is zero.
+// Quantised activations in groups of `width` rows that lie side by side: element (row, i) of an array
+// with n entries a row is at ((row / width) · n + i) · width + row % width. Rows that a last group has
+// beyond the existing ones are zero. `padded` is k rounded up to 256, the rest is zero.
 struct QuantizedRows {
-  int8_t* q;          // [rows, padded]
-  float* scale;       // [rows, padded / 32]
-  int32_t* sum;       // [rows, padded / 32]: Σ q of the group
-  int32_t* half_sum;  // [rows, padded / 32]: Σ q of its first 16 elements
+  int32_t* q;           // padded / 4 entries: four int8 each
+  float* scale;         // padded / 32 entries
+  int32_t* start;       // padded / 32: −8 Σ q, where int4's integer sum begins
+  int32_t* half_start;  // padded / 32: −8 Σ q over the group's first 16 elements
+  float* scaled_sum;    // padded / 32: scale · Σ q, what a weight's min is multiplied by
   int64_t padded;
-};
-
-// The same, interleaved for gemm: rows in groups of kGemmRows; missing rows are zero.
-struct InterleavedRows {
-  int32_t* q;      // [groups, padded / 4, kGemmRows]: four int8 each
-  float* scale;    // [groups, padded / 32, kGemmRows]
-  int32_t* start;  // [groups, padded / 32, kGemmRows]: −zero · Σ q, where the integer sum begins
-  int64_t padded;
+  int64_t width;
 };
 
 struct QuantKernels {
@@ -47,19 +43,20 @@ struct QuantKernels {
   // group with max|x| < 1e-30 is zero; one with an infinity or NaN gets scale NaN.
   void (*quantize_row)(const QuantizedRows& dst, int64_t row, const float* src, int64_t k);
 
-  // dst[r, i − begin] = Σ_k src[r, k] · weight[i, k] for rows [first_row, first_row + rows), rows 1 … 8,
-  // and outputs i in [begin, end) of the matrix whose panels start at `panels`.
-  using Matmul = void (*)(float* dst, int64_t dst_stride, const QuantizedRows& src,
-                          int64_t first_row, int rows, const uint8_t* panels, int64_t begin,
-                          int64_t end, int64_t k);
+  // dst[r, i − begin] = Σ_k src[r, k] · weight[i, k] for the first `rows` rows of group `group` (of at
+  // most 8 rows) and outputs i in [begin, end) of the matrix whose panels start at `panels`.
+  using Matmul = void (*)(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t group,
+                          int rows, const uint8_t* panels, int64_t begin, int64_t end, int64_t k);
   Matmul matmul[kNumPackedFormats];
 
-  // As matmul, for any number of rows, over whole panels: outputs [begin, end), begin a multiple of
-  // 16. `scratch` has GemmScratchBytes. Null where `matmul` is as fast.
-  using Gemm = void (*)(float* dst, int64_t dst_stride, const InterleavedRows& src, int64_t rows,
+  // As matmul, for any number of rows in groups of gemm_rows, over whole panels: outputs [begin, end),
+  // begin a multiple of 16. `scratch` has kGemmScratchBytes. Null where `matmul` is as fast.
+  using Gemm = void (*)(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t rows,
                         const uint8_t* panels, int64_t begin, int64_t end, int64_t k,
                         uint8_t* scratch);
   Gemm gemm[kNumPackedFormats];
+  int gemm_rows;    // 0 where there is no gemm
+  bool gemm_tiles;  // gemm reads q as tiles: in each group, 32 elements of row 0, of row 1, …
 
   // dst [k, 16] = the float32 values of elements [begin, begin + count) of a panel, transposed; begin and
   // count are multiples of the tile's 64 (or 256) elements.
@@ -73,11 +70,12 @@ struct QuantKernels {
 
 // Elements along k that gemm unpacks at once: the panel stays in L1, the rows' share in L2.
 inline constexpr int64_t kGemmElements = 2048;
-inline constexpr size_t kGemmScratchBytes = 16 * kGemmElements + 64 * (kGemmElements / 32);
+inline constexpr size_t kGemmScratchBytes = 16 * kGemmElements + 2 * 64 * (kGemmElements / 32);
 
 const QuantKernels& PortableQuantKernels();
 const QuantKernels* Avx2QuantKernels();  // null where this build has none; AVX2, FMA, F16C
 const QuantKernels* VnniQuantKernels();  // AVX-512 F, BW, DQ, VL, VNNI
+const QuantKernels* AmxQuantKernels();   // these and AMX TILE, INT8
 
 }  // namespace gemloupe
 

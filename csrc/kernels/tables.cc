@@ -16,11 +16,25 @@ extern const KernelTable kTable;
 namespace avx512_vnni {
 extern const QuantKernels kQuantTable;
 }
+namespace amx {
+extern const QuantKernels::Gemm kGemms[kNumPackedFormats];
+}
 
 const KernelTable* Avx2Kernels() { return &avx2::kTable; }
 const KernelTable* Avx512Kernels() { return &avx512::kTable; }
 const QuantKernels* Avx2QuantKernels() { return &avx2::kQuantTable; }
 const QuantKernels* VnniQuantKernels() { return &avx512_vnni::kQuantTable; }
+const QuantKernels* AmxQuantKernels() {
+  static const QuantKernels table = [] {
+    QuantKernels kernels = avx512_vnni::kQuantTable;
+    kernels.name = "amx";
+    for (int i = 0; i < kNumPackedFormats; ++i) kernels.gemm[i] = amx::kGemms[i];
+    kernels.gemm_rows = 16;
+    kernels.gemm_tiles = true;
+    return kernels;
+  }();
+  return &table;
+}
 
 #else
 
@@ -28,6 +42,7 @@ const KernelTable* Avx2Kernels() { return nullptr; }
 const KernelTable* Avx512Kernels() { return nullptr; }
 const QuantKernels* Avx2QuantKernels() { return nullptr; }
 const QuantKernels* VnniQuantKernels() { return nullptr; }
+const QuantKernels* AmxQuantKernels() { return nullptr; }
 
 #endif
 

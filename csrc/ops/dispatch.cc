@@ -26,7 +26,10 @@ Dispatch Choose() {
   if (*isa >= Isa::kAvx512) dispatch.kernels = Avx512Kernels();
   if (dispatch.kernels == nullptr && *isa >= Isa::kAvx2) dispatch.kernels = Avx2Kernels();
   if (dispatch.kernels == nullptr) dispatch.kernels = &PortableKernels();
-  if (*isa >= Isa::kAvx512Vnni) dispatch.quant_kernels = VnniQuantKernels();
+  if (*isa >= Isa::kAmx) dispatch.quant_kernels = AmxQuantKernels();
+  if (dispatch.quant_kernels == nullptr && *isa >= Isa::kAvx512Vnni) {
+    dispatch.quant_kernels = VnniQuantKernels();
+  }
   if (dispatch.quant_kernels == nullptr && *isa >= Isa::kAvx2) {
     dispatch.quant_kernels = Avx2QuantKernels();
   }

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -128,79 +129,89 @@ void PanelsFloat32Slice(ConstMatrix src, const TensorView& weight, int64_t begin
   }
 }
 
-int ZeroOf(DType dtype) {
-  switch (dtype) {
-    case DType::kInt4: return kInt4Zero;
-    case DType::kInt6: return kInt6Zero;
-    case DType::kInt8: return kInt8Zero;
-    default: return 0;
-  }
-}
-
 bool UsesGemm(int64_t rows, DType dtype) {
   return rows > kMaxKernelRows && QuantKernelsInUse().gemm[PackedFormat(dtype)] != nullptr;
 }
 
-// Bytes of the arrays of InterleavedRows, one after the other.
-struct InterleavedSize {
-  int64_t groups;
-  int64_t q;  // elements of each array
-  int64_t scale;
-  InterleavedSize(int64_t rows, int64_t padded)
-      : groups((rows + kGemmRows - 1) / kGemmRows),
-        q(groups * (padded / 4) * kGemmRows),
-        scale(groups * (padded / kGroup) * kGemmRows) {}
-  int64_t words() const { return q + 2 * scale; }
-};
-
-InterleavedRows InterleavedAt(int32_t* memory, int64_t rows, int64_t padded) {
-  const InterleavedSize size(rows, padded);
-  return {memory, reinterpret_cast<float*>(memory + size.q), memory + size.q + size.scale, padded};
+// Rows that lie side by side for a product of `rows` rows.
+int64_t GroupWidth(int64_t rows, DType dtype) {
+  return UsesGemm(rows, dtype) ? QuantKernelsInUse().gemm_rows
+                               : std::min<int64_t>(rows, kMatmulRows);
 }
 
-// Interleaves one group of rows; row_of(i) is the row of src that becomes row i.
-template <class RowOf>
-void InterleaveGroup(const QuantizedRows& src, const RowOf& row_of, int64_t group, int64_t rows,
-                     int zero, const InterleavedRows& dst) {
-  const int64_t quads = src.padded / 4;
-  const int64_t scales = src.padded / kGroup;
-  int32_t* q = dst.q + group * quads * kGemmRows;
-  float* scale = dst.scale + group * scales * kGemmRows;
-  int32_t* start = dst.start + group * scales * kGemmRows;
-  for (int r = 0; r < kGemmRows; ++r) {
-    const int64_t i = group * kGemmRows + r;
-    if (i >= rows) {
-      for (int64_t j = 0; j < quads; ++j) q[j * kGemmRows + r] = 0;
-      for (int64_t j = 0; j < scales; ++j) scale[j * kGemmRows + r] = 0.0f;
-      for (int64_t j = 0; j < scales; ++j) start[j * kGemmRows + r] = 0;
-      continue;
-    }
-    const int64_t row = row_of(i);
-    const int8_t* from = src.q + row * src.padded;
-    for (int64_t j = 0; j < quads; ++j) std::memcpy(q + j * kGemmRows + r, from + 4 * j, 4);
-    for (int64_t j = 0; j < scales; ++j) {
-      scale[j * kGemmRows + r] = src.scale[row * scales + j];
-      start[j * kGemmRows + r] = -zero * src.sum[row * scales + j];
-    }
+// The arrays of quantised rows, one after the other.
+int64_t QuantizedWords(int64_t rows, int64_t padded, int64_t width) {
+  const int64_t all = (rows + width - 1) / width * width;
+  return all * (padded / 4 + 4 * (padded / kGroup));
+}
+QuantizedRows QuantizedAt(int32_t* memory, int64_t rows, int64_t padded, int64_t width) {
+  const int64_t all = (rows + width - 1) / width * width;
+  const int64_t groups = all * (padded / kGroup);
+  int32_t* after = memory + all * (padded / 4);
+  return {.q = memory,
+          .scale = reinterpret_cast<float*>(after),
+          .start = after + groups,
+          .half_start = after + 2 * groups,
+          .scaled_sum = reinterpret_cast<float*>(after + 3 * groups),
+          .padded = padded,
+          .width = width};
+}
+
+// Copies one array's entries of row `from` (rows of width 1) to row `to`.
+template <class T>
+void CopyEntries(const T* src, int64_t from, T* dst, int64_t to, int64_t entries, int64_t width) {
+  const T* at = src + from * entries;
+  T* out = dst + to / width * entries * width + to % width;
+  for (int64_t i = 0; i < entries; ++i) out[i * width] = at[i];
+}
+
+// Whether rows of this width stand as tiles.
+bool IsTiled(int64_t width) {
+  return QuantKernelsInUse().gemm_tiles && width == QuantKernelsInUse().gemm_rows;
+}
+
+// Rows `rows` of src (of width 1) in groups of dst.width.
+void GatherQuantized(const QuantizedRows& src, std::span<const int64_t> rows,
+                     const QuantizedRows& dst) {
+  const auto count = static_cast<int64_t>(rows.size());
+  const int64_t groups = src.padded / kGroup;
+  if (count % dst.width != 0) {
+    std::memset(dst.q, 0, static_cast<size_t>(QuantizedWords(count, dst.padded, dst.width)) * 4);
   }
-}
-
-void GemmSlice(const InterleavedRows& src, int64_t rows, const TensorView& weight, int64_t begin,
-               int64_t end, Matrix dst) {
-  GL_CHECK(begin % kPanelRows == 0);
-  alignas(64) uint8_t scratch[kGemmScratchBytes];
-  QuantKernelsInUse().gemm[PackedFormat(weight.dtype)](dst.data, dst.stride, src, rows,
-                                                       static_cast<const uint8_t*>(weight.data),
-                                                       begin, end, weight.shape[1], scratch);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = rows[static_cast<size_t>(i)];
+    if (IsTiled(dst.width)) {
+      for (int64_t group = 0; group < groups; ++group) {
+        constexpr int64_t kWords = kGroup / 4;
+        std::memcpy(dst.q + ((i / dst.width * groups + group) * dst.width + i % dst.width) * kWords,
+                    src.q + (row * groups + group) * kWords, kGroup);
+      }
+    } else {
+      CopyEntries(src.q, row, dst.q, i, src.padded / 4, dst.width);
+    }
+    CopyEntries(src.scale, row, dst.scale, i, groups, dst.width);
+    CopyEntries(src.start, row, dst.start, i, groups, dst.width);
+    CopyEntries(src.half_start, row, dst.half_start, i, groups, dst.width);
+    CopyEntries(src.scaled_sum, row, dst.scaled_sum, i, groups, dst.width);
+  }
 }
 
 void QuantizedSlice(const QuantizedRows& src, int64_t rows, const TensorView& weight, int64_t begin,
                     int64_t end, Matrix dst) {
-  const QuantKernels::Matmul matmul = QuantKernelsInUse().matmul[PackedFormat(weight.dtype)];
-  for (int64_t row = 0; row < rows; row += kMaxKernelRows) {
-    matmul(dst.row(row), dst.stride, src, row,
-           static_cast<int>(std::min<int64_t>(kMaxKernelRows, rows - row)),
-           static_cast<const uint8_t*>(weight.data), begin, end, weight.shape[1]);
+  const auto* panels = static_cast<const uint8_t*>(weight.data);
+  const QuantKernels& kernels = QuantKernelsInUse();
+  const int format = PackedFormat(weight.dtype);
+  const int64_t k = weight.shape[1];
+  if (src.width > kMatmulRows) {
+    GL_CHECK(begin % kPanelRows == 0);
+    alignas(64) uint8_t scratch[kGemmScratchBytes];
+    kernels.gemm[format](dst.data, dst.stride, src, rows, panels, begin, end, k, scratch);
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += src.width) {
+    kernels.matmul[format](dst.row(row), dst.stride, src, row / src.width,
+                           static_cast<int>(std::min(src.width, rows - row)), panels, begin, end,
+                           k);
   }
 }
 
@@ -262,17 +273,29 @@ Engine ChooseEngine(int64_t rows, DType dtype, const MatmulPath& path) {
   return Engine::kOnednnFloat32;
 }
 
-void LinearInput::Prepare(Engine engine) {
+void LinearInput::Prepare(Engine engine, int64_t width) {
   const int64_t rows = src_.rows;
   const int64_t k = src_.cols;
-  if (engine == Engine::kQuantized && quantized_.q == nullptr) {
+  const bool held = std::any_of(quantized_.begin(), quantized_.end(),
+                                [&](const QuantizedRows& form) { return form.width == width; });
+  if (engine == Engine::kQuantized && !held) {
     const int64_t padded = (k + kSuperTileElements - 1) / kSuperTileElements * kSuperTileElements;
-    const int64_t groups = padded / kGroup;
-    quantized_ = {arena_->New<int8_t>(rows * padded), arena_->New<float>(rows * groups),
-                  arena_->New<int32_t>(rows * groups), arena_->New<int32_t>(rows * groups), padded};
+    const int64_t words = QuantizedWords(rows, padded, width);
+    auto* memory = arena_->New<int32_t>(words);
+    if (rows % width != 0) std::memset(memory, 0, static_cast<size_t>(words) * 4);
+    const QuantizedRows form = QuantizedAt(memory, rows, padded, width);
+    quantized_.push_back(form);
+    if (IsTiled(width)) {
+      Prepare(engine, 1);
+      const QuantizedRows source = quantized(1);
+      std::vector<int64_t> order(static_cast<size_t>(rows));
+      std::iota(order.begin(), order.end(), 0);
+      GatherQuantized(source, order, form);
+      return;
+    }
     ForRows(rows, k * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        QuantKernelsInUse().quantize_row(quantized_, row, src_.row(row), k);
+        QuantKernelsInUse().quantize_row(form, row, src_.row(row), k);
       }
     });
   }
@@ -288,6 +311,13 @@ void LinearInput::Prepare(Engine engine) {
   }
 }
 
+const QuantizedRows& LinearInput::quantized(int64_t width) const {
+  const auto form = std::find_if(quantized_.begin(), quantized_.end(),
+                                 [&](const QuantizedRows& f) { return f.width == width; });
+  GL_CHECK(form != quantized_.end());
+  return *form;
+}
+
 Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath& path,
               Arena& arena) {
   struct Slices {
@@ -295,36 +325,28 @@ Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath
     Engine engine;
     int64_t first;  // index of its first slice
     int64_t size;   // outputs per slice
-    InterleavedRows interleaved;
+    int64_t width;  // of the quantised rows
   };
   const Arena::Scope scope(arena);
   LinearInput input(src, arena);
   std::vector<Slices> plan;
   int64_t slices = 0;
   int64_t bytes = 0;
-  std::pair<int, InterleavedRows> interleaved = {-1, {}};  // of one zero
   for (const LinearJob& job : jobs) {
     const TensorView& weight = *job.weight;
     GL_CHECK(weight.shape.size() == 2 && weight.shape[1] == src.cols);
     GL_CHECK(job.dst.rows == src.rows && job.first + job.dst.cols <= weight.shape[0]);
     const Engine engine = ChooseEngine(src.rows, weight.dtype, path);
     ReportDispatch(engine, src, weight, path);
-    input.Prepare(engine);
-    Slices part = {&job, engine, slices, SliceOutputs(engine, weight, job.dst.cols, src.rows), {}};
-    if (engine == Engine::kQuantized && UsesGemm(src.rows, weight.dtype)) {
-      const int zero = ZeroOf(weight.dtype);
-      if (interleaved.first != zero) {
-        const InterleavedSize size(src.rows, input.quantized().padded);
-        interleaved = {zero, InterleavedAt(arena.New<int32_t>(size.words()), src.rows,
-                                           input.quantized().padded)};
-        ThreadPool::Get().ParallelFor(size.groups, [&](int64_t group, int) {
-          InterleaveGroup(
-              input.quantized(), [](int64_t i) { return i; }, group, src.rows, zero,
-              interleaved.second);
-        });
-      }
-      part.interleaved = interleaved.second;
+    // A product that begins inside a panel can't go to gemm.
+    int64_t width = 1;
+    if (engine == Engine::kQuantized) {
+      width = job.first % kPanelRows == 0 ? GroupWidth(src.rows, weight.dtype)
+                                          : std::min<int64_t>(src.rows, kMatmulRows);
     }
+    input.Prepare(engine, width);
+    const Slices part = {&job, engine, slices, SliceOutputs(engine, weight, job.dst.cols, src.rows),
+                         width};
     plan.push_back(part);
     // Slices end at panels, whatever the job's first output is.
     slices += (job.first % kPanelRows + job.dst.cols + part.size - 1) / part.size;
@@ -350,11 +372,7 @@ Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath
         error.Add(OnednnBfloat16Slice(input.bfloat16(), *job.weight, begin, end, dst));
         break;
       case Engine::kQuantized:
-        if (part.interleaved.q != nullptr && begin % kPanelRows == 0) {
-          GemmSlice(part.interleaved, src.rows, *job.weight, begin, end, dst);
-        } else {
-          QuantizedSlice(input.quantized(), src.rows, *job.weight, begin, end, dst);
-        }
+        QuantizedSlice(input.quantized(part.width), src.rows, *job.weight, begin, end, dst);
         break;
       case Engine::kPanelsFloat32:
       case Engine::kPanelsBfloat16: PanelsFloat32Slice(src, *job.weight, begin, end, dst); break;
@@ -375,32 +393,11 @@ Status LinearSlice(const LinearInput& input, std::span<const int64_t> rows,
   const Engine engine = ChooseEngine(count, weight.dtype, path);
   if (engine == Engine::kQuantized) {
     const QuantizedRows& all = input.quantized();
-    const int64_t groups = all.padded / kGroup;
-    if (UsesGemm(count, weight.dtype) && begin % kPanelRows == 0) {
-      const InterleavedSize size(count, all.padded);
-      const InterleavedRows some =
-          InterleavedAt(ThreadScratch<int32_t>(size.words()), count, all.padded);
-      for (int64_t group = 0; group < size.groups; ++group) {
-        InterleaveGroup(
-            all, [&](int64_t i) { return rows[static_cast<size_t>(i)]; }, group, count,
-            ZeroOf(weight.dtype), some);
-      }
-      GemmSlice(some, count, weight, begin, end, dst);
-      return absl::OkStatus();
-    }
-    auto* memory = ThreadScratch<uint8_t>(count * (all.padded + 3 * 4 * groups));
-    QuantizedRows some = {reinterpret_cast<int8_t*>(memory),
-                          reinterpret_cast<float*>(memory + count * all.padded), nullptr, nullptr,
-                          all.padded};
-    some.sum = reinterpret_cast<int32_t*>(some.scale + count * groups);
-    some.half_sum = some.sum + count * groups;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = rows[static_cast<size_t>(i)];
-      std::copy_n(all.q + row * all.padded, all.padded, some.q + i * all.padded);
-      std::copy_n(all.scale + row * groups, groups, some.scale + i * groups);
-      std::copy_n(all.sum + row * groups, groups, some.sum + i * groups);
-      std::copy_n(all.half_sum + row * groups, groups, some.half_sum + i * groups);
-    }
+    const int64_t width = begin % kPanelRows == 0 ? GroupWidth(count, weight.dtype)
+                                                  : std::min<int64_t>(count, kMatmulRows);
+    const QuantizedRows some = QuantizedAt(
+        ThreadScratch<int32_t>(QuantizedWords(count, all.padded, width)), count, all.padded, width);
+    GatherQuantized(all, rows, some);
     QuantizedSlice(some, count, weight, begin, end, dst);
     return absl::OkStatus();
   }

@@ -40,15 +40,16 @@ class LinearInput {
   // Memory comes from `arena`.
   LinearInput(ConstMatrix src, Arena& arena) : src_(src), arena_(&arena) {}
 
-  void Prepare(Engine engine);
+  // Makes the form that `engine` reads; quantised rows in groups of `width` (quant_table.h).
+  void Prepare(Engine engine, int64_t width = 1);
   ConstMatrix src() const { return src_; }
-  const QuantizedRows& quantized() const { return quantized_; }
+  const QuantizedRows& quantized(int64_t width = 1) const;
   MatrixView<const uint16_t> bfloat16() const { return bfloat16_; }
 
  private:
   ConstMatrix src_;
   Arena* arena_;
-  QuantizedRows quantized_ = {};
+  std::vector<QuantizedRows> quantized_;  // of different widths
   MatrixView<const uint16_t> bfloat16_;
 };
 
@@ -68,8 +69,8 @@ inline Status Linear(ConstMatrix src, std::initializer_list<LinearJob> jobs, con
 }
 
 // dst [rows.size(), end − begin] = input[rows] · weight[begin:end]ᵀ on the calling thread alone, for
-// callers that split the work themselves (experts). The input was prepared for the engine that
-// ChooseEngine gives for this number of rows.
+// callers that split the work themselves (experts). The input was prepared, with width 1, for the
+// engine that ChooseEngine gives for this number of rows.
 Status LinearSlice(const LinearInput& input, std::span<const int64_t> rows,
                    const TensorView& weight, int64_t begin, int64_t end, Matrix dst,
                    const MatmulPath& path);

@@ -98,20 +98,29 @@ int64_t SomeK(DType dtype, int which) {
 }
 int Ks(DType dtype) { return dtype >= DType::kInt4K ? 2 : 6; }
 
-// Quantised rows in memory of their own.
+// Quantised rows, in groups of `width`, in memory of their own.
 struct Rows {
-  std::vector<int8_t> q;
-  std::vector<float> scale;
-  std::vector<int32_t> sum, half_sum;
+  std::vector<int32_t> q, start, half_start;
+  std::vector<float> scale, scaled_sum;
   QuantizedRows view;
-  Rows(const QuantKernels& kernels, const std::vector<float>& x, int64_t rows, int64_t k) {
+  Rows(const QuantKernels& kernels, const std::vector<float>& x, int64_t rows, int64_t k,
+       int64_t width = 1) {
     const int64_t padded = (k + 255) / 256 * 256;
-    q.resize(static_cast<size_t>(rows * padded), 99);
-    scale.resize(static_cast<size_t>(rows * padded / 32), 99);
-    sum.resize(scale.size(), 99);
-    half_sum.resize(scale.size(), 99);
-    view = {q.data(), scale.data(), sum.data(), half_sum.data(), padded};
+    const int64_t all = (rows + width - 1) / width * width;
+    q.resize(static_cast<size_t>(all * padded / 4));
+    scale.resize(static_cast<size_t>(all * padded / 32));
+    scaled_sum.resize(scale.size());
+    start.resize(scale.size());
+    half_start.resize(scale.size());
+    view = {q.data(),          scale.data(), start.data(), half_start.data(),
+            scaled_sum.data(), padded,       width};
     for (int64_t r = 0; r < rows; ++r) kernels.quantize_row(view, r, x.data() + r * k, k);
+  }
+  // Element i of row r, for width 1.
+  int8_t Element(int64_t r, int64_t i) const {
+    int8_t four[4];
+    std::memcpy(four, &q[static_cast<size_t>((r * view.padded + i) / 4)], 4);
+    return four[i % 4];
   }
 };
 
@@ -122,18 +131,30 @@ TEST(QuantKernels, QuantizedRowsAreTheSameOnEveryIsa) {
     x[static_cast<size_t>(2 * k)] = 1e-35f;  // next to nothing
     x[static_cast<size_t>(3 * k)] = INFINITY;
     const Rows scalar(PortableQuantKernels(), x, 4, k);
+    for (const int64_t width : {3, 12}) {
+      const Rows wide(PortableQuantKernels(), x, 4, k, width);
+      for (const QuantKernels* kernels : Tables()) {
+        const Rows rows(*kernels, x, 4, k, width);
+        EXPECT_EQ(rows.q, wide.q) << kernels->name << " k " << k << " width " << width;
+        EXPECT_EQ(rows.start, wide.start) << kernels->name << " width " << width;
+      }
+    }
     for (const QuantKernels* kernels : Tables()) {
       const Rows rows(*kernels, x, 4, k);
       EXPECT_EQ(rows.q, scalar.q) << kernels->name << " k " << k;
-      EXPECT_EQ(rows.sum, scalar.sum) << kernels->name;
-      EXPECT_EQ(rows.half_sum, scalar.half_sum) << kernels->name;
+      EXPECT_EQ(rows.start, scalar.start) << kernels->name;
+      EXPECT_EQ(rows.half_start, scalar.half_start) << kernels->name;
+      EXPECT_EQ(
+          std::memcmp(rows.scaled_sum.data(), scalar.scaled_sum.data(), 4 * rows.scaled_sum.size()),
+          0)
+          << kernels->name << " k " << k;
       EXPECT_EQ(std::memcmp(rows.scale.data(), scalar.scale.data(), 4 * rows.scale.size()), 0)
           << kernels->name << " k " << k;
     }
     // x is within half a step of scale · q.
     for (int64_t i = 0; i < k; ++i) {
       const double step = scalar.scale[static_cast<size_t>(i / 32)];
-      EXPECT_LE(std::fabs(x[static_cast<size_t>(i)] - step * scalar.q[static_cast<size_t>(i)]),
+      EXPECT_LE(std::fabs(x[static_cast<size_t>(i)] - step * scalar.Element(0, i)),
                 0.5000001 * step);
     }
   }
@@ -197,8 +218,8 @@ TEST(QuantKernels, ScalarProductIsWithinItsBound) {
       for (int64_t i = 0; i < n; ++i) {
         double sum = 0, size = 0;
         for (int64_t j = 0; j < k; ++j) {
-          const double x = static_cast<double>(rows.scale[static_cast<size_t>(j / 32)]) *
-                           rows.q[static_cast<size_t>(j)];
+          const double x =
+              static_cast<double>(rows.scale[static_cast<size_t>(j / 32)]) * rows.Element(0, j);
           sum += x * weights[static_cast<size_t>(i * k + j)];
           size += std::fabs(x * weights[static_cast<size_t>(i * k + j)]);
         }
@@ -216,23 +237,28 @@ TEST(QuantKernels, ProductsHaveTheSameBitsOnEveryIsaAndForAnyRows) {
     for (int which = 0; which < Ks(dtype); ++which) {
       const int64_t n = 53, k = SomeK(dtype, which);
       const Stored stored = RandomPacked(dtype, n, k, which);
-      const Rows rows(PortableQuantKernels(), Normal(9 * k, 4), 9, k);
-      std::vector<float> expected(static_cast<size_t>(9 * n));
-      for (int r = 0; r < 9; ++r) {
+      const std::vector<float> x = Normal(17 * k, 4);
+      const Rows rows(PortableQuantKernels(), x, 17, k);
+      std::vector<float> expected(static_cast<size_t>(17 * n));
+      for (int r = 0; r < 17; ++r) {
         PortableQuantKernels().matmul[PackedFormat(dtype)](expected.data() + r * n, n, rows.view, r,
                                                            1, stored.bytes.data(), 0, n, k);
       }
       for (const QuantKernels* kernels : Tables()) {
-        for (int count = 1; count <= 8; ++count) {
+        for (int width = 1; width <= 8; ++width) {
+          // The second group of this width, one row short where there are several.
+          const Rows grouped(*kernels, x, 17, k, width);
+          const int count = std::max(1, width - 1);
           for (const auto& [begin, end] :
                {std::pair<int64_t, int64_t>{0, n}, {16, 48}, {5, 6}, {13, 51}}) {
             std::vector<float> product(static_cast<size_t>(count * n), -1.0f);
-            kernels->matmul[PackedFormat(dtype)](product.data(), n, rows.view, 1, count,
+            kernels->matmul[PackedFormat(dtype)](product.data(), n, grouped.view, 1, count,
                                                  stored.bytes.data(), begin, end, k);
             for (int r = 0; r < count; ++r) {
-              EXPECT_EQ(std::memcmp(product.data() + r * n, expected.data() + (r + 1) * n + begin,
-                                    4 * static_cast<size_t>(end - begin)),
-                        0)
+              EXPECT_EQ(
+                  std::memcmp(product.data() + r * n, expected.data() + (r + width) * n + begin,
+                              4 * static_cast<size_t>(end - begin)),
+                  0)
                   << kernels->name << " " << DTypeName(dtype) << " k " << k << " rows " << count;
               for (int64_t i = end - begin; i < n; ++i)
                 EXPECT_EQ(product[static_cast<size_t>(r * n + i)], -1.0f);
