@@ -71,8 +71,10 @@ StatusOr<std::shared_ptr<const MappedFile>> WeightStore::Open(std::string_view p
 Status WeightStore::AddFile(std::string_view path, const std::vector<TensorEntry>& entries) {
   GL_ASSIGN_OR_RETURN(std::shared_ptr<const MappedFile> file, Open(path));
   GL_RETURN_IF_ERROR(CheckNoOverlap(path, entries));
+  bool packed = false;
   for (const TensorEntry& entry : entries) {
     GL_ASSIGN_OR_RETURN(TensorView view, ViewTensor(*file, entry));
+    packed = packed || IsPacked(view.dtype);
     Tensor tensor;
     tensor.view = std::move(view);
     tensor.file = file;
@@ -84,6 +86,8 @@ Status WeightStore::AddFile(std::string_view path, const std::vector<TensorEntry
                                                    std::string(path), "; expected it once"));
     }
   }
+  // All of it: a vector left out between two matrices would keep the pages around it small.
+  if (packed) file->ExpectWhole(file->data(), file->size());
   return absl::OkStatus();
 }
 
@@ -240,9 +244,6 @@ StatusOr<TensorView> WeightStore::Take(std::string_view name, const std::vector<
   if (MustCopy(*tensor, resident_)) return TakeCopy(*tensor);
   const TensorView& view = tensor->view;
   mapped_bytes_ += view.byte_size();
-  if (tensor->file != nullptr && IsPacked(view.dtype)) {
-    tensor->file->ExpectWhole(view.data, view.byte_size());
-  }
   return view;
 }
 
