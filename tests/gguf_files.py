@@ -39,6 +39,15 @@ SIZES: dict[str, dict[str, Any]] = {
         "global_head_dim": 192,
         "hidden_size_per_layer_input": 96,
     },
+    "12b": {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_global_key_value_heads": 1,
+        "head_dim": 64,
+        "global_head_dim": 128,
+    },
     "26b": {
         "hidden_size": 256,
         "intermediate_size": 768,
@@ -66,10 +75,8 @@ def all_of(wanted: Type) -> TypeOf:
     """Matrices in `wanted`, or in Q8_0 where its blocks don't fit; what llama.cpp keeps is kept."""
 
     def type_of(name: str, values: np.ndarray) -> Type:
-        if values.ndim == 1 or "ffn_gate_inp" in name:
+        if values.ndim == 1 or "ffn_gate_inp" in name or "per_layer_model_proj" in name:
             return Type.F32
-        if name.startswith("per_layer_model_proj"):
-            return Type.BF16
         fits = values.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0
         return wanted if fits else Type.Q8_0
 
@@ -80,6 +87,8 @@ def as_llama_quantize(name: str, values: np.ndarray) -> Type:
     """The types of `llama-quantize Q4_0`: both embeddings Q6_K where their rows allow it."""
     if name in ("token_embd.weight", "per_layer_token_embd.weight"):
         return all_of(Type.Q6_K)(name, values)
+    if name == "per_layer_model_proj.weight":
+        return Type.BF16
     return all_of(Type.Q4_0)(name, values)
 
 
@@ -99,7 +108,7 @@ def write_gguf(
     leaves it out. `shards` > 1 writes `path` with llama.cpp's suffixes.
     """
     text = json.loads((folder / "config.json").read_text())
-    text = text.get("text_config", text)
+    text = _released(text.get("text_config", text))
     writer = _Writer(path, shards, sum(1 for _ in _stored(folder)))
     for key, value in {**config_metadata(text), **(metadata or {})}.items():
         writer.put(key, value)
@@ -122,6 +131,19 @@ def write_gguf(
             writer.add(name, np.ascontiguousarray(values), None)
     writer.close()
     return held
+
+
+def _released(text: dict[str, Any]) -> dict[str, Any]:
+    """The released spelling, of a config that transformers 5.23 wrote."""
+    if "per_layer_config" not in text:
+        return text
+    full = next(iter(text["per_layer_config"].values()), {})
+    heads = text["num_key_value_heads"]
+    return {
+        **text,
+        "global_head_dim": full.get("head_dim", text["head_dim"]),
+        "num_global_key_value_heads": full.get("num_key_value_heads", heads),
+    }
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, np.ndarray]]:

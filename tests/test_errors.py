@@ -83,6 +83,7 @@ def test_misspelt_folder(tmp_path: Path) -> None:
         "no parent folder": str(tmp_path / "nowhere" / "model"),
         "nothing alike": "zebra",
         "a hub id that a folder hides": "models/edgy",
+        "gguf": "some/gemma-4-E2B-Q4.gguf",
     }.items():
         with pytest.raises(FileNotFoundError) as error:
             open_checkpoint(source)
@@ -92,7 +93,6 @@ def test_misspelt_folder(tmp_path: Path) -> None:
 def test_files_that_are_no_checkpoint_folders(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     for name, source in {
-        "gguf": "some/gemma-4-E2B-Q4.gguf",
         "a weight file": str(tmp_path / "model.safetensors"),
         "an empty source": "",
         "a source that is a number": 4,
@@ -113,6 +113,9 @@ def test_folders_without_a_checkpoint(tiny: Callable, tmp_path: Path) -> None:
         return str(error.value)
 
     assert_is_snapshot("errors", "an empty folder", message(), folder=tmp_path)
+    (bare / "model.gguf").touch()
+    assert_is_snapshot("errors", "a folder of gguf", message(), folder=tmp_path)
+    (bare / "model.gguf").unlink()
     shutil.copytree(tiny("31b")[1], bare / "inside")
     assert_is_snapshot("errors", "the folder above", message(), folder=tmp_path)
     (bare / "adapter_config.json").write_text("{}")

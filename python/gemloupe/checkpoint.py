@@ -248,6 +248,7 @@ def read_folder_config(folder: Path) -> ModelConfig:
                 "model that it was trained on."
             )
         inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        inside += sorted(p.name for p in folder.glob("*.gguf"))
         hint = f"Did you mean {one_of([str(folder / name) for name in inside[:3]])}?"
         raise FileNotFoundError(
             f"{path}: no such file; expected a checkpoint folder. "

@@ -306,13 +306,15 @@ def _read_config(
     types = _layer_types(metadata, layers)
     full = [i for i, kind in enumerate(types) if kind == "full_attention"]
     sliding = [i for i, kind in enumerate(types) if kind != "full_attention"]
-    num_shared = metadata.integer("attention.shared_kv_layers", 0, low=0, high=_MAX_LAYERS)
+    num_shared = metadata.integer("attention.shared_kv_layers", 0, low=0, high=layers - 1)
     width = metadata.integer("embedding_length", high=_WIDTH)
     heads = _same(metadata, "attention.head_count", layers, high=_HEADS)
     kv_heads = metadata.per_layer("attention.head_count_kv", layers, high=_HEADS)
     for group in (full, sliding):
         if len({kv_heads[i] for i in group}) > 1:
             metadata.refuse("attention.head_count_kv", f"one number for the layers {group}")
+    if any(heads % count for count in kv_heads):
+        metadata.refuse("attention.head_count_kv", f"divisors of the {heads} heads")
     head_dims = [_head_dim(metadata, suffix) for suffix in ("", "_swa")]
     pairs = _rotary_pairs(metadata, paths, tensors, head_dims[0])
     per_layer = metadata.integer("embedding_length_per_layer_input", 0, low=0, high=_WIDTH)

@@ -179,7 +179,7 @@ def _other_weights(folder: Path) -> str:
         )
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
-        return f"{gguf[0]} is not read by this version: load the safetensors checkpoint."
+        return f"For the GGUF file, give its own name: {quoted(str(folder / gguf[0]))}."
     return "If a download was interrupted, start it again."
 
 
