@@ -36,16 +36,54 @@ uint64_t ReadAll(const gemloupe::GgufValue& value, int depth) {
   return 1;
 }
 
-// A file of the input alone, or with a header before it that only its counts can spoil.
+// Takes numbers from the input; 0 when it is used up.
+class Input {
+ public:
+  Input(const uint8_t* data, size_t size) : data_(data), end_(data + size) {}
+  uint8_t Byte() { return data_ == end_ ? 0 : *data_++; }
+  // Mostly small, sometimes anything up to 64 bits.
+  uint64_t Number() {
+    uint64_t value = Byte();
+    if (value < 240) return value;
+    for (uint64_t bytes = value - 239; bytes > 0; --bytes) value = (value << 8) | Byte();
+    return value;
+  }
+  std::vector<uint8_t> Rest() { return {data_, end_}; }
+
+ private:
+  const uint8_t* data_;
+  const uint8_t* end_;
+};
+
+void Append(std::vector<uint8_t>& file, uint64_t value, int bytes) {
+  for (int i = 0; i < bytes; ++i) file.push_back(static_cast<uint8_t>(value >> (8 * i)));
+}
+
+// A row of the tensor table that may be right.
+void AppendTensor(std::vector<uint8_t>& file, Input& input) {
+  constexpr uint8_t kTypes[] = {0, 1, 2, 8, 12, 14, 30};
+  Append(file, 1, 8);
+  file.push_back(static_cast<uint8_t>('a' + input.Byte() % 16));
+  const int axes = input.Byte() % 6;
+  Append(file, static_cast<uint64_t>(axes), 4);
+  for (int i = 0; i < axes; ++i) Append(file, input.Number() * (i == 0 ? 32 : 1), 8);
+  Append(file, kTypes[input.Byte() % sizeof(kTypes)], 4);
+  Append(file, input.Number() * 32, 8);
+}
+
+// A file of the input alone, or the input behind a header, with tensors before it or not.
 std::vector<uint8_t> MakeFile(const uint8_t* data, size_t size) {
   if (size < 3 || data[0] % 4 == 0) return std::vector<uint8_t>(data, data + size);
-  std::vector<uint8_t> file(24);
-  std::memcpy(file.data(), "GGUF", 4);
-  file[4] = 3;
-  file[8] = data[1] % 8;   // tensors
-  file[16] = data[2] % 8;  // keys
-  file.insert(file.end(), data + 3, data + size);
-  file.resize(file.size() + data[0] * 16u);  // room for tensors
+  Input input(data + 1, size - 1);
+  const bool has_tensors = data[0] % 4 == 1;
+  const int tensors = input.Byte() % 8;
+  std::vector<uint8_t> file = {'G', 'G', 'U', 'F', 3, 0, 0, 0};
+  Append(file, static_cast<uint64_t>(tensors), 8);
+  Append(file, has_tensors ? 0 : input.Byte() % 8, 8);
+  for (int i = 0; has_tensors && i < tensors; ++i) AppendTensor(file, input);
+  const std::vector<uint8_t> rest = input.Rest();
+  file.insert(file.end(), rest.begin(), rest.end());
+  file.resize(file.size() + data[0] * 64u);  // room for the data
   return file;
 }
 
