@@ -45,13 +45,13 @@ def load(
     activations are float32. Files are mapped: only what is not stored in the wanted dtype is
     converted, on all threads, into a private copy ("float32" reads narrower weights exactly as
     they are stored). `gemloupe.recipe` says which tensors keep more bits under "int8" and "int4";
-    a mapping overrides it by name pattern, the later pattern first:
+    a mapping overrides it by name pattern, and a later pattern wins:
     {"default": "int4", "*.mlp.down_proj.weight": "int8"}. A folder that `gemloupe convert` wrote
     is loaded with "auto". On CPUs with bfloat16 products, long prefills of "auto" and "bfloat16"
     round activations too; "float32" never does.
     `activations`: products with quantised weights round activations to int8 in groups of 32;
-    "float32" computes them exactly, more slowly. `residency`: weights stay "mapped" from the file,
-    or are copied into private 2 MiB pages ("resident").
+    "float32" rounds none, in no product, and is slower. `residency`: weights stay "mapped" from
+    the file, or are copied into private 2 MiB pages ("resident").
     `threads`: None for every CPU that this process may use. `kv_dtype`: "auto" is float32 with
     dtype "float32", else float16; also "bfloat16". `max_memory`: most bytes that weights may take.
     `invariant=True` (or GEMLOUPE_INVARIANT=1): a row's bits do not depend on batch, chunk or
@@ -75,7 +75,7 @@ def load(
     preset = recipe.name_of(dtype if made is None else made.recipe)
     targets = sizes.weight_targets(checkpoint, dtype)
     options = _core.TextModelOptions()
-    options.bfloat16_matmul = preset != "float32"
+    options.bfloat16_matmul = preset != "float32" and activations == "auto"
     options.float32_activations = activations == "float32"
     options.round_embed_scale = rounds_scale(preset, embed_scale, checkpoint)
     asked = os.environ.get("GEMLOUPE_INVARIANT") == "1"
