@@ -17,7 +17,7 @@ namespace gemloupe {
 inline constexpr int kMaxKernelRows = 8;
 
 // dst[r, i] = Σ_k src[r, k] · weight[i, k] for r < rows (1 … 8) and i < n. Strides in elements.
-// Weight elements are float, or the bits of bfloat16 or float16, and may be unaligned.
+// Weight elements are float, the bits of bfloat16 or float16, or int8, and may be unaligned.
 using MatmulKernel = void (*)(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
                               const void* weight, int64_t weight_stride, int rows, int64_t n,
                               int64_t k);
@@ -33,16 +33,22 @@ struct KernelTable {
   MatmulKernel matmul_f32;
   MatmulKernel matmul_bf16;
   MatmulKernel matmul_f16;
+  MatmulKernel matmul_i8;
 
   AccumulateKernel accumulate_f32;
   AccumulateKernel accumulate_bf16;
   AccumulateKernel accumulate_f16;
+  AccumulateKernel accumulate_i8;
 
   // Exact widening, and rounding to nearest even (NaN stays NaN; float16 overflow gives infinity).
   void (*bf16_to_f32)(float* dst, const void* src, int64_t n);
   void (*f16_to_f32)(float* dst, const void* src, int64_t n);
   void (*f32_to_bf16)(uint16_t* dst, const float* src, int64_t n);
   void (*f32_to_f16)(uint16_t* dst, const float* src, int64_t n);
+  void (*i8_to_f32)(float* dst, const void* src, int64_t n);
+  // Returns the scale s of n values, max|src| / 127, and dst = src / s rounded to nearest even: then
+  // |src − s · dst| ≤ s / 2 up to rounding. Values that are all below 1e-30 become zeros, and s is 0.
+  float (*f32_to_i8)(int8_t* dst, const float* src, int64_t n);
 
   // dst = src · (mean(src²) + eps)^-½ · weight; weight null: without it. dst may be src.
   void (*rms_norm)(float* dst, const float* src, const float* weight, int64_t n, float eps);

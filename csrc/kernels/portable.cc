@@ -29,6 +29,8 @@ float ElementBf16(const void* p, int64_t i) {
 
 float ElementF16(const void* p, int64_t i) { return Float16ToFloat(Bits16(p, i)); }
 
+float ElementI8(const void* p, int64_t i) { return static_cast<const int8_t*>(p)[i]; }
+
 using Element = float(const void*, int64_t);
 
 template <Element kElement>
@@ -66,6 +68,19 @@ void Widen(float* dst, const void* src, int64_t n) {
 template <uint16_t kRound(float)>
 void Narrow(uint16_t* dst, const float* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = kRound(src[i]);
+}
+
+float QuantizeI8(int8_t* dst, const float* src, int64_t n) {
+  float largest = 0;
+  for (int64_t i = 0; i < n; ++i)
+    largest = std::fabs(src[i]) > largest ? std::fabs(src[i]) : largest;
+  const float scale = largest < 1e-30f ? 0.0f : largest / 127.0f;
+  const float inverse = largest < 1e-30f ? 0.0f : 127.0f / largest;
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = src[i] * inverse;
+    dst[i] = std::isnan(x) ? int8_t{0} : static_cast<int8_t>(std::nearbyint(x));
+  }
+  return scale;
 }
 
 void RmsNorm(float* dst, const float* src, const float* weight, int64_t n, float eps) {
@@ -137,13 +152,17 @@ constinit const KernelTable kTable = {
     .matmul_f32 = Matmul<ElementF32>,
     .matmul_bf16 = Matmul<ElementBf16>,
     .matmul_f16 = Matmul<ElementF16>,
+    .matmul_i8 = Matmul<ElementI8>,
     .accumulate_f32 = Accumulate<ElementF32>,
     .accumulate_bf16 = Accumulate<ElementBf16>,
     .accumulate_f16 = Accumulate<ElementF16>,
+    .accumulate_i8 = Accumulate<ElementI8>,
     .bf16_to_f32 = Widen<ElementBf16>,
     .f16_to_f32 = Widen<ElementF16>,
     .f32_to_bf16 = Narrow<FloatToBfloat16>,
     .f32_to_f16 = Narrow<FloatToFloat16>,
+    .i8_to_f32 = Widen<ElementI8>,
+    .f32_to_i8 = QuantizeI8,
     .rms_norm = RmsNorm,
     .rope = Rope,
     .gelu_mul = GeluMul,

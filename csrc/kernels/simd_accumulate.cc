@@ -14,7 +14,7 @@ constexpr int64_t kStreams = 4;
 constexpr int kLineBytes = 64;
 
 // Vectors of columns whose sums are kept in registers. By rows, for 32 and for 16 registers:
-constexpr int kVecs32[] = {16, 8, 4, 4, 2, 2, 2, 2};
+constexpr int kVecs32[] = {16, 8, 8, 4, 4, 4, 2, 2};
 constexpr int kVecs16[] = {8, 4, 4, 2, 1, 1, 1, 1};
 template <int kRows>
 constexpr int kVecs = (kRegisters == 32 ? kVecs32 : kVecs16)[kRows - 1];
@@ -123,6 +123,11 @@ void AccumulateBf16(float* dst, int64_t dst_stride, const float* coef, int64_t c
 void AccumulateF16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
                    const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols) {
   Accumulate<Float16>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols);
+}
+
+void AccumulateI8(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+                  const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols) {
+  Accumulate<Int8>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols);
 }
 
 }  // namespace gemloupe::GEMLOUPE_KERNEL_ISA

@@ -13,6 +13,8 @@ void MatmulBf16(float* dst, int64_t dst_stride, const float* src, int64_t src_st
                 const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k);
 void MatmulF16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
                const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k);
+void MatmulI8(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
+              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k);
 
 void AccumulateF32(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
                    const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
@@ -20,11 +22,15 @@ void AccumulateBf16(float* dst, int64_t dst_stride, const float* coef, int64_t c
                     const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
 void AccumulateF16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
                    const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
+void AccumulateI8(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
+                  const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
 
 void Bf16ToF32(float* dst, const void* src, int64_t n);
 void F16ToF32(float* dst, const void* src, int64_t n);
 void F32ToBf16(uint16_t* dst, const float* src, int64_t n);
 void F32ToF16(uint16_t* dst, const float* src, int64_t n);
+void I8ToF32(float* dst, const void* src, int64_t n);
+float F32ToI8(int8_t* dst, const float* src, int64_t n);
 
 void RmsNorm(float* dst, const float* src, const float* weight, int64_t n, float eps);
 

@@ -180,4 +180,9 @@ void MatmulF16(float* dst, int64_t dst_stride, const float* src, int64_t src_str
   Matmul<Float16>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k);
 }
 
+void MatmulI8(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
+              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k) {
+  Matmul<Int8>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k);
+}
+
 }  // namespace gemloupe::GEMLOUPE_KERNEL_ISA

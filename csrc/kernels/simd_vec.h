@@ -117,6 +117,30 @@ struct Float16 {
   }
 };
 
+struct Int8 {
+  static constexpr int kBytes = 1;
+  static GEMLOUPE_INLINE Vec Widen(__m128i bytes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
+  static GEMLOUPE_INLINE Vec Load(const char* p) {
+    return Widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static GEMLOUPE_INLINE Vec LoadTail(const char* p, Tail tail) {
+    return Widen(_mm_maskz_loadu_epi8(tail, p));
+  }
+  // To nearest even, saturated; 0 where x is NaN.
+  static GEMLOUPE_INLINE __m128i Round(Vec x) {
+    const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(number, x));
+  }
+  static GEMLOUPE_INLINE void StoreBytes(int8_t* p, __m128i bytes) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
+  static GEMLOUPE_INLINE void StoreBytesTail(int8_t* p, __m128i bytes, Tail tail) {
+    _mm_mask_storeu_epi8(p, tail, bytes);
+  }
+};
+
 GEMLOUPE_INLINE void StoreBits(uint16_t* p, __m256i bits) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
@@ -241,6 +265,37 @@ struct Float16 {
   }
   static GEMLOUPE_INLINE __m128i Round(Vec x) {
     return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+};
+
+struct Int8 {
+  static constexpr int kBytes = 1;
+  static GEMLOUPE_INLINE Vec Widen(__m128i bytes) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
+  static GEMLOUPE_INLINE Vec Load(const char* p) {
+    return Widen(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static GEMLOUPE_INLINE Vec LoadTail(const char* p, Tail tail) {
+    char bytes[16] = {};
+    for (int64_t i = 0; i < tail.count; ++i) bytes[i] = p[i];
+    return Widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  // To nearest even, saturated; 0 where x is NaN.
+  static GEMLOUPE_INLINE __m128i Round(Vec x) {
+    const Vec number = _mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q));
+    const __m256i whole = _mm256_cvtps_epi32(number);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    return _mm_packs_epi16(words, words);
+  }
+  static GEMLOUPE_INLINE void StoreBytes(int8_t* p, __m128i bytes) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  }
+  static GEMLOUPE_INLINE void StoreBytesTail(int8_t* p, __m128i bytes, Tail tail) {
+    int8_t all[16];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(all), bytes);
+    for (int64_t i = 0; i < tail.count; ++i) p[i] = all[i];
   }
 };
 
