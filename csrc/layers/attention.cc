@@ -31,6 +31,11 @@ AttentionLayer::AttentionLayer(const LayerSpec& spec, AttentionWeights weights, 
   k_norm_ = Norm(weights_.k_norm, eps);
 }
 
+std::shared_ptr<const std::vector<float>> AttentionLayer::key_weight() const {
+  if (!spec_.values_are_keys || spec_.shares_kv) return nullptr;
+  return std::make_shared<const std::vector<float>>(weights_.k_norm);
+}
+
 Status AttentionLayer::Forward(ConstMatrix x, const PassContext& ctx, Matrix out) const {
   const Arena::Scope scope(*ctx.arena);
   const int64_t kv_cols = spec_.shares_kv ? 0 : spec_.num_kv_heads * spec_.head_dim;

@@ -1,6 +1,7 @@
 #ifndef GEMLOUPE_LAYERS_ATTENTION_H_
 #define GEMLOUPE_LAYERS_ATTENTION_H_
 
+#include <memory>
 #include <vector>
 
 #include "base/status.h"
@@ -26,6 +27,9 @@ class AttentionLayer {
 
   // out [T, D] = o_proj(z) for x [T, D], the output of the layer's input norm.
   Status Forward(ConstMatrix x, const PassContext& ctx, Matrix out) const;
+
+  // Weight [H] of the key norm where values are keys, else null: caches derive keys with it.
+  std::shared_ptr<const std::vector<float>> key_weight() const;
 
  private:
   Status Project(ConstMatrix x, const PassContext& ctx, Matrix q, Matrix k, Matrix v) const;

@@ -140,7 +140,13 @@ std::vector<KvLayerSpec> MakeKvLayerSpecs(const TextConfig& config) {
   const int64_t further = config.bidirectional == "all" ? 1 : 0;
   for (const LayerConfig& layer : config.layers) {
     const int64_t window = layer.window == 0 ? 0 : layer.window + further;
-    specs.push_back({window, layer.num_kv_heads, layer.head_dim, layer.kv_source});
+    specs.push_back({.window = window,
+                     .num_heads = layer.num_kv_heads,
+                     .head_dim = layer.head_dim,
+                     .source = layer.kv_source,
+                     .values_are_keys = layer.values_are_keys,
+                     .rotated_pairs = layer.rotary_pairs,
+                     .key_weight = nullptr});
   }
   return specs;
 }

@@ -85,6 +85,7 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
   for (int i = 0; i < static_cast<int>(specs.size()); ++i) {
     GL_ASSIGN_OR_RETURN(DecoderLayer layer,
                         DecoderLayer::Load(config, specs[static_cast<size_t>(i)], i, store));
+    model->kv_layers_[static_cast<size_t>(i)].key_weight = layer.key_weight();
     model->layers_.push_back(std::move(layer));
   }
   if (progress) progress(1.0);

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "base/memory.h"
 #include "base/status.h"
 #include "base/thread_pool.h"
 #include "ops/dispatch.h"
@@ -15,158 +15,360 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// Query rows that go over the same key block before the next one is fetched.
-constexpr int64_t kTileRows = 64;
+// Query rows (a position and a head each) that go over a key block together. Their q and z stay in
+// the second-level cache beside the block: 48 · 512 floats are 96 KiB.
+constexpr int64_t kTileRows = 48;
+// Up to this many rows read the stored elements; more rows share a copy widened to float32.
+constexpr int64_t kDirectRows = 16;
+// Most floats of partial results, where tiles could be shared instead of chunks.
+constexpr int64_t kMaxSplitFloats = 8 << 20;
+// Rows of one kernel call on a widened block: the shape that fills the registers best.
+constexpr int kWideRows = 6;
 
-// Up to kMaxKernelRows rows (a position and a head of the group each) against one key-value head.
-struct RowGroup {
-  int rows = 0;
-  std::array<const float*, kMaxKernelRows> q;
-  std::array<float*, kMaxKernelRows> z;
-  std::array<KeyRange, kMaxKernelRows> range;
-  std::array<float, kMaxKernelRows> max;  // running maximum of the scores
-  std::array<float, kMaxKernelRows> sum;  // running Σ exp(score − max)
-};
+MatmulKernel ScoreKernel(DType dtype) {
+  return dtype == DType::kInt8 ? Kernels().matmul_i8 : MatmulKernelFor(dtype);
+}
 
-// Scratch of one task, on the stack of its thread.
-struct Scratch {
-  alignas(64) float scores[kMaxKernelRows * kKvBlock];
-};
+AccumulateKernel ValueKernel(DType dtype) {
+  return dtype == DType::kInt8 ? Kernels().accumulate_i8 : AccumulateKernelFor(dtype);
+}
 
-// Adds one key block to the running softmax of every row of the group that sees any of it.
-void AddBlock(RowGroup& group, const void* keys, const void* values, int64_t block, DType dtype,
-              int64_t head_dim, int64_t q_stride, int64_t z_stride, Scratch& scratch) {
-  const int64_t block_begin = block * kKvBlock;
-  // Rows of a group stand in ascending position, and so do their ranges: the rows that see this
-  // block are consecutive.
-  int first = group.rows;
-  int last = -1;
-  int64_t begin = kKvBlock;
-  int64_t end = 0;
-  for (int r = 0; r < group.rows; ++r) {
-    const int64_t row_begin = std::max(group.range[r].begin - block_begin, int64_t{0});
-    const int64_t row_end = std::min(group.range[r].end - block_begin, kKvBlock);
-    if (row_begin >= row_end) continue;
-    first = std::min(first, r);
-    last = r;
-    begin = std::min(begin, row_begin);
-    end = std::max(end, row_end);
+// Memory of one thread that grows to the largest use and stays: decoding allocates nothing.
+class Buffer {
+ public:
+  float* Floats(int64_t count) {
+    const auto bytes = static_cast<size_t>(count) * sizeof(float);
+    if (memory_.size() < bytes) memory_ = AlignedBuffer(bytes);
+    return reinterpret_cast<float*>(memory_.data());
   }
-  if (last < 0) return;
-  const int rows = last - first + 1;
-  const auto element = static_cast<int64_t>(DTypeSize(dtype));
-  const auto* key = static_cast<const uint8_t*>(keys) + begin * head_dim * element;
-  const auto* value = static_cast<const uint8_t*>(values) + begin * head_dim * element;
-  MatmulKernelFor(dtype)(scratch.scores, kKvBlock, group.q[first], q_stride, key, head_dim, rows,
-                         end - begin, head_dim);
-  for (int i = 0; i < rows; ++i) {
-    const int r = first + i;
-    float* scores = scratch.scores + i * kKvBlock;
-    const int64_t row_begin = std::max(group.range[r].begin - block_begin, int64_t{0});
-    const int64_t row_end = std::min(group.range[r].end - block_begin, kKvBlock);
-    if (row_begin >= row_end) {
-      std::fill_n(scores, end - begin, 0.0f);
+
+ private:
+  AlignedBuffer memory_;
+};
+
+// Softmax of some rows over a part of the positions, not yet divided by its sum.
+struct Partial {
+  float* max = nullptr;  // [R] largest score
+  float* sum = nullptr;  // [R] Σ exp(score − max); 0: nothing was seen
+  float* z = nullptr;    // [R, H] Σ exp(score − max) · v, dims as stored
+
+  static int64_t Floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
+  static Partial At(float* memory, int64_t rows, int64_t head_dim) {
+    return {memory + rows * head_dim, memory + rows * (head_dim + 1), memory};
+  }
+};
+
+// Adds `part` to what row r of `total` has seen so far: earlier positions.
+void Merge(const Partial& total, const Partial& part, int64_t r, int64_t head_dim) {
+  if (part.sum[r] == 0.0f) return;
+  float* z = total.z + r * head_dim;
+  const float* added = part.z + r * head_dim;
+  if (total.sum[r] == 0.0f) {
+    total.max[r] = part.max[r];
+    total.sum[r] = part.sum[r];
+    std::copy_n(added, head_dim, z);
+    return;
+  }
+  const float max = std::max(total.max[r], part.max[r]);
+  const float shrink = total.max[r] == max ? 1.0f : std::exp(total.max[r] - max);
+  const float factor = part.max[r] == max ? 1.0f : std::exp(part.max[r] - max);
+  total.max[r] = max;
+  total.sum[r] = total.sum[r] * shrink + part.sum[r] * factor;
+  if (shrink != 1.0f) Kernels().scale(z, z, shrink, head_dim);
+  Kernels().add_scaled(z, added, factor, head_dim);
+}
+
+// Rows of a tile: queries of one key-value head, positions ascending, the heads of a group side by
+// side. q [R, stride]: the dims in the order of the stored values (times w), then the rotated dims.
+struct Tile {
+  int64_t kv_head = 0;
+  int64_t rows = 0;
+  int64_t stride = 0;
+  float* q = nullptr;
+  std::array<KeyRange, kTileRows> range;
+};
+
+// What the kernels read of one block and head: scores are
+// score_scale ⊙ (q[:value_dims] · vᵀ) + key_scale ⊙ (q[value_dims:] · kᵀ), the first only if derived.
+struct BlockView {
+  DType dtype;
+  const uint8_t* keys;
+  const uint8_t* values;
+  const float* key_scales;
+  const float* value_scales;
+};
+
+class Attender {
+ public:
+  Attender(ConstMatrix q, const KvView& kv, const KeyRange* ranges, Matrix z)
+      : q_(q), kv_(kv), ranges_(ranges), z_(z), head_dim_(kv.layout.head_dim) {
+    const int64_t heads = q.cols / head_dim_;
+    group_ = heads / kv.layout.num_heads;
+    GL_CHECK(group_ * kv.layout.num_heads * head_dim_ == q.cols);
+    value_dims_ = kv.layout.derived ? head_dim_ - 2 * kv.layout.pairs : 0;
+    stride_ = value_dims_ + kv.layout.key_dims();
+    line_rows_ = q.rows * group_;
+    tiles_per_head_ = (line_rows_ + kTileRows - 1) / kTileRows;
+    first_ = ranges[0].begin;
+    last_ = ranges[q.rows - 1].end;
+    GL_CHECK(first_ >= kv.first_block * kKvBlock);
+    GL_CHECK(last_ <= (kv.first_block + static_cast<int64_t>(kv.blocks.size())) * kKvBlock);
+  }
+
+  void Run();
+
+ private:
+  int64_t tiles() const { return tiles_per_head_ * kv_.layout.num_heads; }
+  int64_t chunk_positions() const { return kv_.chunk_blocks * kKvBlock; }
+
+  Tile MakeTile(int64_t index, float* q) const;
+  void AttendChunk(const Tile& tile, int64_t chunk, const Partial& part, float* wide) const;
+  void AddBlock(const Tile& tile, int64_t block, const BlockView& view, const Partial& part,
+                int64_t first, int rows) const;
+  BlockView Stored(int64_t block, int64_t kv_head) const;
+  BlockView Widened(const BlockView& stored, float* wide) const;
+  void Finish(const Partial& total, int64_t index, int64_t r) const;
+  void RunTile(int64_t index) const;
+  void RunSplit() const;
+
+  ConstMatrix q_;
+  const KvView& kv_;
+  const KeyRange* ranges_;
+  Matrix z_;
+  int64_t head_dim_;
+  int64_t group_;       // query heads of one key-value head
+  int64_t value_dims_;  // dims whose scores come from the stored values
+  int64_t stride_;      // floats of a row of a tile's q
+  int64_t line_rows_;   // rows of one key-value head
+  int64_t tiles_per_head_;
+  int64_t first_;  // positions that any row sees: [first_, last_)
+  int64_t last_;
+};
+
+Tile Attender::MakeTile(int64_t index, float* q) const {
+  Tile tile;
+  tile.kv_head = index / tiles_per_head_;
+  const int64_t begin = index % tiles_per_head_ * kTileRows;
+  tile.rows = std::min(kTileRows, line_rows_ - begin);
+  tile.stride = stride_;
+  tile.q = q;
+  const int64_t pairs = kv_.layout.pairs;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t t = (begin + r) / group_;
+    const int64_t head = tile.kv_head * group_ + (begin + r) % group_;
+    const float* src = q_.row(t) + head * head_dim_;
+    float* dst = q + r * stride_;
+    tile.range[static_cast<size_t>(r)] = ranges_[t];
+    if (!kv_.layout.derived) {
+      std::copy_n(src, head_dim_, dst);
       continue;
     }
-    std::fill(scores, scores + (row_begin - begin), kMinusInfinity);
-    std::fill(scores + (row_end - begin), scores + (end - begin), kMinusInfinity);
-    const float max = std::max(group.max[r], Kernels().max(scores, end - begin));
-    const float shrink = group.max[r] == max ? 1.0f : std::exp(group.max[r] - max);
-    // A fixed window of the block keeps the order of the sum independent of the group's other rows.
-    float* visible = scores + (row_begin - begin);
-    const float sum = Kernels().exp_sum(visible, visible, max, row_end - row_begin);
-    std::fill(scores, visible, 0.0f);
-    std::fill(scores + (row_end - begin), scores + (end - begin), 0.0f);
-    group.sum[r] = group.sum[r] * shrink + sum;
-    group.max[r] = max;
-    if (shrink != 1.0f) Kernels().scale(group.z[r], group.z[r], shrink, head_dim);
+    // q · (w ⊙ v) = (q ⊙ w) · v.
+    ForStoredDims(kv_.layout, [&](int64_t dim, int64_t at, int64_t count) {
+      if (at < value_dims_) Kernels().mul(dst + at, src + dim, kv_.key_weight + dim, count);
+    });
+    std::copy_n(src, pairs, dst + value_dims_);
+    std::copy_n(src + head_dim_ / 2, pairs, dst + value_dims_ + pairs);
   }
-  AccumulateKernelFor(dtype)(group.z[first], z_stride, scratch.scores, kKvBlock, value, head_dim,
-                             rows, end - begin, head_dim);
+  return tile;
+}
+
+BlockView Attender::Stored(int64_t block, int64_t kv_head) const {
+  const KvBlockLayout& layout = kv_.layout;
+  const uint8_t* data = kv_.blocks[static_cast<size_t>(block - kv_.first_block)];
+  BlockView view = {layout.dtype, data + layout.keys(kv_head), data + layout.values(kv_head),
+                    nullptr, nullptr};
+  if (layout.scaled()) {
+    view.key_scales = reinterpret_cast<const float*>(data + layout.key_scales(kv_head));
+    view.value_scales = reinterpret_cast<const float*>(data + layout.value_scales(kv_head));
+  }
+  return view;
+}
+
+BlockView Attender::Widened(const BlockView& stored, float* wide) const {
+  const int64_t key_floats = kKvBlock * kv_.layout.key_dims();
+  WidenKv(wide, stored.keys, stored.dtype, key_floats);
+  WidenKv(wide + key_floats, stored.values, stored.dtype, kKvBlock * head_dim_);
+  BlockView view = stored;
+  view.dtype = DType::kFloat32;
+  view.keys = reinterpret_cast<const uint8_t*>(wide);
+  view.values = reinterpret_cast<const uint8_t*>(wide + key_floats);
+  return view;
+}
+
+// Adds one key block to the running softmax of rows [first, first + rows) of the tile.
+void Attender::AddBlock(const Tile& tile, int64_t block, const BlockView& view, const Partial& part,
+                        int64_t first, int rows) const {
+  const int64_t block_begin = block * kKvBlock;
+  const auto row_begin = [&](int64_t r) {
+    return std::max(tile.range[static_cast<size_t>(r)].begin - block_begin, int64_t{0});
+  };
+  const auto row_end = [&](int64_t r) {
+    return std::min(tile.range[static_cast<size_t>(r)].end - block_begin, kKvBlock);
+  };
+  // Ranges ascend: the rows that see this block are consecutive.
+  while (rows > 0 && row_begin(first) >= row_end(first)) ++first, --rows;
+  while (rows > 0 && row_begin(first + rows - 1) >= row_end(first + rows - 1)) --rows;
+  if (rows == 0) return;
+  const int64_t begin = row_begin(first);
+  const int64_t end = row_end(first + rows - 1);
+  const int64_t count = end - begin;
+  const int64_t element =
+      view.dtype == DType::kInt8 ? 1 : static_cast<int64_t>(DTypeSize(view.dtype));
+  const int64_t key_dims = kv_.layout.key_dims();
+  const uint8_t* keys = view.keys + begin * key_dims * element;
+  const uint8_t* values = view.values + begin * head_dim_ * element;
+  const float* q = tile.q + first * tile.stride;
+
+  alignas(64) float scores[kMaxKernelRows * kKvBlock];
+  alignas(64) float unrotated[kMaxKernelRows * kKvBlock];
+  const MatmulKernel matmul = ScoreKernel(view.dtype);
+  if (key_dims > 0) {
+    matmul(scores, kKvBlock, q + value_dims_, tile.stride, keys, key_dims, rows, count, key_dims);
+  } else {
+    std::fill_n(scores, rows * kKvBlock, 0.0f);
+  }
+  if (value_dims_ > 0) {
+    matmul(unrotated, kKvBlock, q, tile.stride, values, head_dim_, rows, count, value_dims_);
+  }
+  for (int i = 0; i < rows; ++i) {
+    const int64_t r = first + i;
+    float* row = scores + i * kKvBlock;
+    float* row_unrotated = unrotated + i * kKvBlock;
+    if (view.key_scales != nullptr) {
+      Kernels().mul(row, row, view.key_scales + begin, count);
+      if (value_dims_ > 0) {
+        Kernels().mul(row_unrotated, row_unrotated, view.value_scales + begin, count);
+      }
+    }
+    if (value_dims_ > 0) Kernels().add(row, row, row_unrotated, count);
+    float* visible = row + (row_begin(r) - begin);
+    const int64_t seen = row_end(r) - row_begin(r);
+    const float max = std::max(part.max[r], Kernels().max(visible, seen));
+    const float shrink = part.max[r] == max ? 1.0f : std::exp(part.max[r] - max);
+    // Only the visible scores, in place: the order of the sum is the row's own.
+    const float sum = Kernels().exp_sum(visible, visible, max, seen);
+    std::fill(row, visible, 0.0f);
+    std::fill(visible + seen, row + count, 0.0f);
+    part.sum[r] = part.sum[r] * shrink + sum;
+    part.max[r] = max;
+    if (view.value_scales != nullptr) Kernels().mul(row, row, view.value_scales + begin, count);
+    float* z = part.z + r * head_dim_;
+    if (shrink != 1.0f) Kernels().scale(z, z, shrink, head_dim_);
+  }
+  ValueKernel(view.dtype)(part.z + first * head_dim_, head_dim_, scores, kKvBlock, values,
+                          head_dim_, rows, count, head_dim_);
+}
+
+// The softmax of every row of the tile over the positions of one chunk. wide: room for a block of
+// keys and values as float32.
+void Attender::AttendChunk(const Tile& tile, int64_t chunk, const Partial& part,
+                           float* wide) const {
+  std::fill_n(part.max, tile.rows, kMinusInfinity);
+  std::fill_n(part.sum, tile.rows, 0.0f);
+  std::fill_n(part.z, tile.rows * head_dim_, 0.0f);
+  const int64_t begin = std::max(tile.range[0].begin, chunk * chunk_positions());
+  const int64_t end =
+      std::min(tile.range[static_cast<size_t>(tile.rows - 1)].end, (chunk + 1) * chunk_positions());
+  const bool direct = tile.rows <= kDirectRows;
+  for (int64_t block = begin / kKvBlock; block * kKvBlock < end; ++block) {
+    BlockView view = Stored(block, tile.kv_head);
+    if (!direct && view.dtype != DType::kFloat32) view = Widened(view, wide);
+    const int64_t step = direct ? kMaxKernelRows : kWideRows;
+    for (int64_t r = 0; r < tile.rows; r += step) {
+      AddBlock(tile, block, view, part, r, static_cast<int>(std::min(step, tile.rows - r)));
+    }
+  }
+}
+
+// Divides by the sum and brings the dims of row r of tile `index` back into their order.
+void Attender::Finish(const Partial& total, int64_t index, int64_t r) const {
+  const int64_t row = index % tiles_per_head_ * kTileRows + r;
+  const int64_t head = index / tiles_per_head_ * group_ + row % group_;
+  float* dst = z_.row(row / group_) + head * head_dim_;
+  const float* src = total.z + r * head_dim_;
+  const float factor = 1.0f / total.sum[r];
+  ForStoredDims(kv_.layout, [&](int64_t dim, int64_t at, int64_t count) {
+    Kernels().scale(dst + dim, src + at, factor, count);
+  });
+}
+
+// One tile over all of its chunks.
+void Attender::RunTile(int64_t index) const {
+  thread_local Buffer buffer;
+  const int64_t partial = Partial::Floats(kTileRows, head_dim_);
+  const int64_t q_floats = kTileRows * stride_;
+  float* memory =
+      buffer.Floats(q_floats + 2 * partial + kKvBlock * (kv_.layout.key_dims() + head_dim_));
+  const Tile tile = MakeTile(index, memory);
+  const Partial total = Partial::At(memory + q_floats, kTileRows, head_dim_);
+  const Partial part = Partial::At(memory + q_floats + partial, kTileRows, head_dim_);
+  std::fill_n(total.sum, tile.rows, 0.0f);
+  const int64_t end = tile.range[static_cast<size_t>(tile.rows - 1)].end;
+  for (int64_t chunk = tile.range[0].begin / chunk_positions(); chunk * chunk_positions() < end;
+       ++chunk) {
+    AttendChunk(tile, chunk, part, memory + q_floats + 2 * partial);
+    for (int64_t r = 0; r < tile.rows; ++r) Merge(total, part, r, head_dim_);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) Finish(total, index, r);
+}
+
+// Few tiles: their chunks are spread over the threads.
+void Attender::RunSplit() const {
+  thread_local Buffer buffer;
+  const int64_t rows = std::min(kTileRows, line_rows_);
+  const int64_t partial = Partial::Floats(rows, head_dim_);
+  const int64_t first_chunk = first_ / chunk_positions();
+  const int64_t chunks = (last_ - 1) / chunk_positions() - first_chunk + 1;
+  float* memory = buffer.Floats(tiles() * chunks * partial);
+  const auto part_of = [&](int64_t index, int64_t chunk) {
+    return Partial::At(memory + (index * chunks + chunk) * partial, rows, head_dim_);
+  };
+  ThreadPool::Get().ParallelFor(tiles() * chunks, [&](int64_t task, int) {
+    thread_local Buffer scratch;
+    const int64_t q_floats = kTileRows * stride_;
+    float* own = scratch.Floats(q_floats + kKvBlock * (kv_.layout.key_dims() + head_dim_));
+    const Tile tile = MakeTile(task / chunks, own);
+    AttendChunk(tile, first_chunk + task % chunks, part_of(task / chunks, task % chunks),
+                own + q_floats);
+  });
+  ForRows(tiles() * rows, chunks * head_dim_ * static_cast<int64_t>(sizeof(float)),
+          [&](int64_t begin, int64_t end) {
+            for (int64_t at = begin; at < end; ++at) {
+              const int64_t index = at / rows;
+              const int64_t r = at % rows;
+              if (index % tiles_per_head_ * kTileRows + r >= line_rows_) continue;
+              const Partial total = part_of(index, 0);
+              for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+                Merge(total, part_of(index, chunk), r, head_dim_);
+              }
+              Finish(total, index, r);
+            }
+          });
+}
+
+void Attender::Run() {
+  ThreadPool& pool = ThreadPool::Get();
+  const int64_t threads = pool.threads();
+  const int64_t bytes = (last_ - first_) * kv_.layout.bytes() / kKvBlock;
+  if (threads == 1 || bytes * std::max<int64_t>(1, q_.rows / 8) < kInlineBytes) {
+    for (int64_t index = 0; index < tiles(); ++index) RunTile(index);
+    return;
+  }
+  const int64_t chunks = (last_ - 1) / chunk_positions() - first_ / chunk_positions() + 1;
+  const int64_t split_floats = tiles() * chunks * Partial::Floats(kTileRows, head_dim_);
+  if (chunks > 1 && tiles() < 4 * threads &&
+      (tiles() < threads || split_floats < kMaxSplitFloats)) {
+    RunSplit();
+  } else {
+    pool.ParallelFor(tiles(), [&](int64_t index, int) { RunTile(index); });
+  }
 }
 
 }  // namespace
 
 void Attention(ConstMatrix q, const KvView& kv, const KeyRange* ranges, Matrix z) {
-  const int64_t head_dim = kv.head_dim;
-  const int64_t heads = q.cols / head_dim;
-  const int64_t group_heads = heads / kv.num_heads;
-  GL_CHECK(group_heads * kv.num_heads * head_dim == q.cols);
-
-  int64_t first_key = std::numeric_limits<int64_t>::max();
-  int64_t last_key = 0;
-  for (int64_t t = 0; t < q.rows; ++t) {
-    first_key = std::min(first_key, ranges[t].begin);
-    last_key = std::max(last_key, ranges[t].end);
-  }
-  GL_CHECK(first_key >= kv.first_block * kKvBlock);
-  GL_CHECK(last_key <= (kv.first_block + static_cast<int64_t>(kv.keys.size())) * kKvBlock);
-
-  // A row group is one head at consecutive positions (prefill) or heads at one position (decode):
-  // either way its rows are evenly spaced in q and z.
-  const bool by_head = q.rows == 1;
-  const int64_t row_stride = by_head ? head_dim : q.stride;
-  const int64_t z_stride = by_head ? head_dim : z.stride;
-  const int64_t lines = by_head ? kv.num_heads : heads;      // independent runs of rows
-  const int64_t line_rows = by_head ? group_heads : q.rows;  // rows of each
-  int64_t tile = kTileRows;
-  if (by_head) {
-    // The heads that share keys are spread over the threads; few rows, so small tiles.
-    const int64_t tiles = std::max<int64_t>(1, ThreadPool::Get().threads() / kv.num_heads);
-    tile = std::clamp<int64_t>((group_heads + tiles - 1) / tiles, 1, kTileRows);
-  }
-  const int64_t tiles_per_line = (line_rows + tile - 1) / tile;
-
-  const auto run_tile = [&](int64_t task, int) {
-    const int64_t line = task / tiles_per_line;
-    const int64_t tile_begin = task % tiles_per_line * tile;
-    const int64_t tile_end = std::min(line_rows, tile_begin + tile);
-    const int64_t kv_head = by_head ? line : line / group_heads;
-    std::array<RowGroup, (kTileRows + kMaxKernelRows - 1) / kMaxKernelRows> groups;
-    size_t group_count = 0;
-    int64_t begin = std::numeric_limits<int64_t>::max();
-    int64_t end = 0;
-    for (int64_t row = tile_begin; row < tile_end; ++row) {
-      if ((row - tile_begin) % kMaxKernelRows == 0) groups[group_count++].rows = 0;
-      RowGroup& group = groups[group_count - 1];
-      const int64_t t = by_head ? 0 : row;
-      const int64_t head = by_head ? kv_head * group_heads + row : line;
-      const int r = group.rows++;
-      group.q[r] = q.row(t) + head * head_dim;
-      group.z[r] = z.row(t) + head * head_dim;
-      group.range[r] = ranges[t];
-      group.max[r] = kMinusInfinity;
-      group.sum[r] = 0.0f;
-      std::fill_n(group.z[r], head_dim, 0.0f);
-      begin = std::min(begin, ranges[t].begin);
-      end = std::max(end, ranges[t].end);
-    }
-    Scratch scratch;
-    const int64_t offset =
-        kv_head * kKvBlock * head_dim * static_cast<int64_t>(DTypeSize(kv.dtype));
-    for (int64_t block = begin / kKvBlock; block * kKvBlock < end; ++block) {
-      const auto at = static_cast<size_t>(block - kv.first_block);
-      const auto* keys = static_cast<const uint8_t*>(kv.keys[at]) + offset;
-      const auto* values = static_cast<const uint8_t*>(kv.values[at]) + offset;
-      for (size_t g = 0; g < group_count; ++g) {
-        AddBlock(groups[g], keys, values, block, kv.dtype, head_dim, row_stride, z_stride, scratch);
-      }
-    }
-    for (size_t g = 0; g < group_count; ++g) {
-      for (int r = 0; r < groups[g].rows; ++r) {
-        Kernels().scale(groups[g].z[r], groups[g].z[r], 1.0f / groups[g].sum[r], head_dim);
-      }
-    }
-  };
-
-  const int64_t tasks = lines * tiles_per_line;
-  const int64_t bytes = (last_key - first_key) * kv.num_heads * head_dim * 2 *
-                        static_cast<int64_t>(DTypeSize(kv.dtype));
-  if (tasks == 1 || bytes * std::max<int64_t>(1, q.rows / 8) < kInlineBytes) {
-    for (int64_t task = 0; task < tasks; ++task) run_tile(task, 0);
-  } else {
-    ThreadPool::Get().ParallelFor(tasks, run_tile);
-  }
+  if (q.rows > 0) Attender(q, kv, ranges, z).Run();
 }
 
 }  // namespace gemloupe

@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
-#include "ops/dispatch.h"
 
 namespace gemloupe {
 namespace {
@@ -13,10 +12,30 @@ int64_t BlocksSpanning(int64_t begin, int64_t end) {
   return begin >= end ? 0 : (end - 1) / kKvBlock - begin / kKvBlock + 1;
 }
 
+KvBlockLayout LayoutOf(const KvLayerSpec& spec, const KvCacheOptions& options) {
+  KvBlockLayout layout;
+  layout.dtype = options.dtype;
+  layout.num_heads = spec.num_heads;
+  layout.head_dim = spec.head_dim;
+  layout.pairs = spec.rotated_pairs;
+  layout.derived =
+      spec.values_are_keys && !options.separate_keys && 2 * spec.rotated_pairs < spec.head_dim;
+  return layout;
+}
+
+// Chunks of the softmax (ops/attention.h), in blocks: small where a window spans few of them.
+constexpr int64_t kSlidingChunk = 4;
+constexpr int64_t kFullChunk = 8;
+
 }  // namespace
 
 KvCache::KvCache(std::vector<KvLayerSpec> layers, const KvCacheOptions& options)
     : layers_(std::move(layers)), options_(options), storage_(layers_.size()) {
+  for (int i = 0; i < static_cast<int>(layers_.size()); ++i) {
+    const KvLayerSpec& spec = layers_[static_cast<size_t>(i)];
+    layouts_.push_back(LayoutOf(spec, options_));
+    GL_CHECK(!IsSource(i) || !layouts_.back().derived || spec.key_weight != nullptr);
+  }
   for (Layer& layer : storage_) layer.first_block = options_.start / kKvBlock;
 }
 
@@ -30,17 +49,9 @@ uint64_t KvCache::BytesNeeded(const std::vector<KvLayerSpec>& layers, const KvCa
       positions = std::min(tokens, layers[i].window - 1 + chunk + kKvBlock);
     }
     const int64_t blocks = (positions + kKvBlock - 1) / kKvBlock;
-    bytes +=
-        static_cast<uint64_t>(blocks * kKvBlock * layers[i].num_heads * layers[i].head_dim * 2) *
-        DTypeSize(options.dtype);
+    bytes += static_cast<uint64_t>(blocks * LayoutOf(layers[i], options).bytes());
   }
   return bytes;
-}
-
-size_t KvCache::BlockBytes(int layer) const {
-  const KvLayerSpec& spec = layers_[static_cast<size_t>(layer)];
-  return static_cast<size_t>(2 * spec.num_heads * kKvBlock * spec.head_dim) *
-         DTypeSize(options_.dtype);
 }
 
 uint64_t KvCache::layer_nbytes(int layer) const {
@@ -52,6 +63,11 @@ uint64_t KvCache::nbytes() const {
   uint64_t bytes = 0;
   for (size_t i = 0; i < layers_.size(); ++i) bytes += layer_nbytes(static_cast<int>(i));
   return bytes;
+}
+
+KvStorage KvCache::storage(int layer) const {
+  const auto source = static_cast<size_t>(layers_[static_cast<size_t>(layer)].source);
+  return layouts_[source].derived ? KvStorage::kDerived : KvStorage::kSeparate;
 }
 
 void KvCache::Reserve(int64_t count) {
@@ -82,39 +98,26 @@ void KvCache::Reserve(int64_t count) {
 
 void KvCache::Write(int layer, int64_t position, ConstMatrix keys, ConstMatrix values) {
   GL_CHECK(IsSource(layer));
-  const KvLayerSpec& spec = layers_[static_cast<size_t>(layer)];
-  Layer& stored = storage_[static_cast<size_t>(layer)];
-  const size_t element = DTypeSize(options_.dtype);
-  const int64_t head_bytes = kKvBlock * spec.head_dim * static_cast<int64_t>(element);
+  const Layer& stored = storage_[static_cast<size_t>(layer)];
+  const KvBlockLayout& layout = layouts_[static_cast<size_t>(layer)];
   for (int64_t row = 0; row < keys.rows; ++row) {
     const int64_t at = position + row;
     const auto block = static_cast<size_t>(at / kKvBlock - stored.first_block);
-    uint8_t* data = stored.blocks[block]->data() +
-                    at % kKvBlock * spec.head_dim * static_cast<int64_t>(element);
-    for (int64_t head = 0; head < spec.num_heads; ++head) {
-      uint8_t* key = data + head * head_bytes;
-      uint8_t* value = key + spec.num_heads * head_bytes;
-      RoundFromFloat(key, keys.row(row) + head * spec.head_dim, options_.dtype, spec.head_dim);
-      RoundFromFloat(value, values.row(row) + head * spec.head_dim, options_.dtype, spec.head_dim);
-    }
+    WriteKv(layout, stored.blocks[block]->data(), at % kKvBlock, keys.row(row), values.row(row));
   }
 }
 
 KvView KvCache::View(int layer) const {
-  const int source = layers_[static_cast<size_t>(layer)].source;
-  const KvLayerSpec& spec = layers_[static_cast<size_t>(source)];
-  const Layer& stored = storage_[static_cast<size_t>(source)];
+  const auto source = static_cast<size_t>(layers_[static_cast<size_t>(layer)].source);
+  const KvLayerSpec& spec = layers_[source];
+  const Layer& stored = storage_[source];
   KvView view;
-  view.dtype = options_.dtype;
-  view.num_heads = spec.num_heads;
-  view.head_dim = spec.head_dim;
+  view.layout = layouts_[source];
+  if (view.layout.derived) view.key_weight = spec.key_weight->data();
+  view.chunk_blocks = spec.window > 0 ? kSlidingChunk : kFullChunk;
   view.first_block = stored.first_block;
-  view.keys.reserve(stored.blocks.size());
-  view.values.reserve(stored.blocks.size());
-  for (const auto& block : stored.blocks) {
-    view.keys.push_back(block->data());
-    view.values.push_back(block->data() + block->size() / 2);
-  }
+  view.blocks.reserve(stored.blocks.size());
+  for (const auto& block : stored.blocks) view.blocks.push_back(block->data());
   return view;
 }
 
@@ -190,17 +193,11 @@ int64_t KvCache::FirstPosition(int layer) const {
 
 void KvCache::Read(int layer, int64_t begin, int64_t end, float* keys, float* values) const {
   const KvView view = View(layer);
-  const auto element = static_cast<int64_t>(DTypeSize(view.dtype));
+  const int64_t row = view.layout.num_heads * view.layout.head_dim;
   for (int64_t at = begin; at < end; ++at) {
-    const auto block = static_cast<size_t>(at / kKvBlock - view.first_block);
-    for (int64_t head = 0; head < view.num_heads; ++head) {
-      const int64_t offset = (head * kKvBlock + at % kKvBlock) * view.head_dim * element;
-      const int64_t dst = ((at - begin) * view.num_heads + head) * view.head_dim;
-      WidenToFloat(keys + dst, static_cast<const uint8_t*>(view.keys[block]) + offset, view.dtype,
-                   view.head_dim);
-      WidenToFloat(values + dst, static_cast<const uint8_t*>(view.values[block]) + offset,
-                   view.dtype, view.head_dim);
-    }
+    const uint8_t* block = view.blocks[static_cast<size_t>(at / kKvBlock - view.first_block)];
+    ReadKv(view.layout, view.key_weight, block, at % kKvBlock, keys + (at - begin) * row,
+           values + (at - begin) * row);
   }
 }
 

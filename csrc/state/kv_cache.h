@@ -20,14 +20,25 @@ struct KvLayerSpec {
   int64_t num_heads = 0;
   int64_t head_dim = 0;
   int source = 0;  // the layer that is read: its own index unless it shares another's entries
+  bool values_are_keys = false;  // K = RoPE(w ⊙ V): see KvStorage
+  int64_t rotated_pairs = 0;     // of K's H / 2 pairs of dims
+  // w [H], the weight of the key norm; needed where keys are derived.
+  std::shared_ptr<const std::vector<float>> key_weight;
 };
 
+// What a layer stores. Where values are keys, derived is the default: V and the rotated dims of K
+// (640 of 1024 values at H 512 with 64 pairs). V alone would need cosines and sines of every position,
+// 512 bytes of float32 for each layer pass against 256 bytes of rotated dims for each head in float16,
+// and rotating 64 pairs for each key: more bytes with one key-value head and more work with any number.
+enum class KvStorage { kSeparate, kDerived };
+
 struct KvCacheOptions {
-  DType dtype = DType::kFloat16;
-  int64_t max_tokens = 0;     // most tokens to be held; positions stay below start + max_tokens
-  int64_t start = 0;          // position of the first token
-  bool full_sliding = false;  // sliding layers keep every position, not only their window
-  uint64_t model_id = 0;      // the model whose keys and values these are
+  DType dtype = DType::kFloat16;  // plain, or kInt8: a scale for each head and position
+  int64_t max_tokens = 0;         // most tokens to be held; positions stay below start + max_tokens
+  int64_t start = 0;              // position of the first token
+  bool full_sliding = false;      // sliding layers keep every position, not only their window
+  bool separate_keys = false;     // store K whole even where it could be derived
+  uint64_t model_id = 0;          // the model whose keys and values these are
 };
 
 // Keys (after norm and RoPE) and values of one sequence, by layer. Storage is a run of blocks of
@@ -49,6 +60,8 @@ class KvCache {
   const std::vector<KvLayerSpec>& layers() const { return layers_; }
   uint64_t nbytes() const;
   uint64_t layer_nbytes(int layer) const;
+  // How the entries that `layer` reads are stored.
+  KvStorage storage(int layer) const;
 
   // Makes room, in every layer, for positions [length, length + count).
   void Reserve(int64_t count);
@@ -70,7 +83,7 @@ class KvCache {
 
   // Positions that `layer` holds: [first, length).
   int64_t FirstPosition(int layer) const;
-  // Copies positions [begin, end) of `layer` to float32 [end − begin, K, H].
+  // Copies positions [begin, end) of `layer` to float32 [end − begin, K, H]; derived keys are rebuilt.
   void Read(int layer, int64_t begin, int64_t end, float* keys, float* values) const;
 
   // Marks the cache as taken by a pass or an edit; false if it is taken already.
@@ -80,16 +93,18 @@ class KvCache {
  private:
   struct Layer {
     int64_t first_block = 0;  // absolute number of blocks[0]
-    // Keys, then values: [2, K, kKvBlock, H] each.
     std::vector<std::shared_ptr<AlignedBuffer>> blocks;
     std::vector<std::shared_ptr<AlignedBuffer>> spare;  // given back, reused before allocating
   };
 
-  size_t BlockBytes(int layer) const;
+  size_t BlockBytes(int layer) const {
+    return static_cast<size_t>(layouts_[static_cast<size_t>(layer)].bytes());
+  }
   bool IsSource(int layer) const { return layers_[static_cast<size_t>(layer)].source == layer; }
 
   std::vector<KvLayerSpec> layers_;
   KvCacheOptions options_;
+  std::vector<KvBlockLayout> layouts_;  // by layer
   std::vector<Layer> storage_;
   std::vector<int32_t> tokens_;
   std::atomic<bool> busy_{false};
