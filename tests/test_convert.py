@@ -82,6 +82,28 @@ def test_dequantised_weights_in_float32_give_the_exact_path(tiny: Callable, tmp_
     assert np.abs(found - expected).max() <= 2e-4 * np.abs(expected).max()
 
 
+def test_gguf_files_are_packed_with_their_values_and_tokenizer(tmp_path: Path) -> None:
+    from gguf_files import write_gguf
+
+    source = gl.load("demo:edge").checkpoint.folder
+    path = tmp_path / "edge.gguf"
+    write_gguf(path, source, tokenizer=source)
+    original = gl.load(path)
+    made = gl.convert(path, tmp_path / "packed", "auto")
+    model = gl.load(made)
+    assert model.core.copied_bytes == 0
+    for name in model.weights:
+        assert np.array_equal(model.weights[name], original.weights[name]), name
+    assert np.array_equal(
+        model.run(IDS, logits="all").logits, original.run(IDS, logits="all").logits
+    )
+    chat = [{"role": "user", "content": "What is 2 + 3?"}]
+    assert np.array_equal(model.prepare(chat).ids, original.prepare(chat).ids)
+    assert str(model.chat("What is 2 + 3?", temperature=0, max_new_tokens=8)) == str(
+        original.chat("What is 2 + 3?", temperature=0, max_new_tokens=8)
+    )
+
+
 def test_side_files_and_towers_are_kept(tiny: Callable, tmp_path: Path) -> None:
     source = shutil.copytree(gl.load("demo:edge").checkpoint.folder, tmp_path / "source")
     (source / "notes.txt").write_text("not a part of the model")
