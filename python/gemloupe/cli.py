@@ -1,4 +1,4 @@
-"""The command line: `gemloupe generate`, `chat`, `inspect`, `convert` and `doctor`."""
+"""The command line: `gemloupe generate`, `chat`, `inspect`, `convert`, `bench`, `doctor`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemloupe.output import Output
     from gemloupe.stream import Stream
 
-COMMANDS = ("generate", "chat", "inspect", "convert", "doctor")
+COMMANDS = ("generate", "chat", "inspect", "convert", "bench", "doctor")
 _DEFAULT_MODEL = "demo:edge"
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130
@@ -35,7 +35,8 @@ gemloupe runs the Gemma 4 family on CPUs and lets you see inside. Five things to
 
 gemloupe COMMAND --help shows the options of a command, with examples. Instead of demo:edge,
 a model may be a folder with a transformers checkpoint, a GGUF file, or a hub id such as
-google/gemma-4-E2B-it; "gemloupe convert" makes it four times smaller and quicker to load."""
+google/gemma-4-E2B-it; "gemloupe convert" makes it four times smaller and quicker to load, and
+"gemloupe bench" measures how fast it is here."""
 
 _GENERATE_EXAMPLES = """\
 examples:
@@ -69,6 +70,15 @@ examples:
 
 The folder holds weights as the kernels read them: it loads in no time, and its pages are shared
 between processes. --dtype auto keeps the values of a quantised checkpoint."""
+
+_BENCH_EXAMPLES = """\
+examples:
+  gemloupe bench demo:edge
+  gemloupe bench ./e2b-int4 -p 512 -n 128 -d 0,4096
+  gemloupe bench ./e2b-int4 -p 0 -n 64 -b 1,2,4,8 --json
+
+Prompts are random ids. pp512: tokens a second of reading a prompt of 512; tg128: of decoding 128;
+d4096: after 4096 tokens; x8: in eight rows at once. Median, least and greatest are shown."""
 
 _DOCTOR_EXAMPLES = """\
 examples:
@@ -162,6 +172,7 @@ def _parser() -> _Parser:
         "--verify", action="store_true", help="read a packed checkpoint's tensors, check their CRCs"
     )
     _add_convert(commands)
+    _add_bench(commands)
     _add_command(
         commands, "doctor", _run_doctor, "show what this machine can run", _DOCTOR_EXAMPLES
     )
@@ -243,6 +254,38 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace a packed checkpoint at DST")
     parser.add_argument("--threads", type=int, help="default: every CPU this process may use")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _add_command(
+        commands, "bench", _run_bench, "measure a model's speed here", _BENCH_EXAMPLES
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or demo:edge")
+    for flag, default, text in (
+        ("-p", "512", "tokens of prompts"),
+        ("-n", "128", "tokens to decode"),
+        ("-d", "0", "tokens in the cache before"),
+        ("-b", "1", "rows at once"),
+    ):
+        parser.add_argument(
+            flag,
+            type=_numbers,
+            default=_numbers(default),
+            metavar="N,…",
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument("-t", dest="threads", type=int, metavar="N", help="threads (default: all)")
+    parser.add_argument("-r", type=int, default=5, metavar="N", help="repetitions (default: 5)")
+    parser.add_argument("--dtype", default="auto", help="as stored, or as it is to be loaded")
+    parser.add_argument("--kv-dtype", default="auto", help="float32, float16, bfloat16 or int8")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a test")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 1,4") from None
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -408,6 +451,34 @@ def _run_convert(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
     )
     print(f"{folder}: {format_bytes((folder / FILE_NAME).stat().st_size)}")
+
+
+def _run_bench(arguments: argparse.Namespace) -> None:
+    from gemloupe import bench
+
+    chosen = bench.cases(arguments.p, arguments.n, arguments.d, arguments.b)
+    shows = sys.stderr.isatty()
+
+    def advance(case: bench.Case) -> None:
+        if shows:
+            print(f"\r{case.name:<40}", end="", file=sys.stderr, flush=True)
+
+    records = bench.bench(
+        arguments.model,
+        chosen,
+        dtype=arguments.dtype,
+        kv_dtype=arguments.kv_dtype,
+        threads=arguments.threads,
+        repetitions=arguments.r,
+        advance=advance,
+    )
+    if shows:
+        print("\r" + " " * 40 + "\r", end="", file=sys.stderr, flush=True)
+    if arguments.json:
+        for entry in records:
+            print(json.dumps(entry, ensure_ascii=False))
+    else:
+        print(bench.table(records))
 
 
 def _run_doctor(arguments: argparse.Namespace) -> None:
