@@ -1,6 +1,7 @@
 #include "state/kv_cache.h"
 
 #include "bindings/bindings.h"
+#include "models/config.h"
 #include "models/text_model.h"
 #include "runtime/run.h"
 
@@ -23,6 +24,13 @@ void CheckLayer(const KvCache& cache, int layer) {
     throw py::index_error("layer " + std::to_string(layer) + ", expected 0 to " +
                           std::to_string(cache.layers().size() - 1));
   }
+}
+
+StatusOr<DType> ParseKvDType(const std::string& name) {
+  const StatusOr<DType> dtype = ParseDType(name);
+  if (dtype.ok() && (IsPlain(*dtype) || *dtype == DType::kInt8)) return dtype;
+  return absl::InvalidArgumentError("KV cache: dtype is '" + name +
+                                    "', expected float32, float16, bfloat16 or int8");
 }
 
 // keys and values [S, K, H] of the positions that the layer holds.
@@ -92,6 +100,13 @@ void BindKvCache(py::module_& module) {
           },
           py::arg("layer"), "The layer whose entries are read.")
       .def(
+          "layer_storage",
+          [](const KvCache& cache, int layer) {
+            CheckLayer(cache, layer);
+            return cache.storage(layer) == KvStorage::kDerived ? "derived" : "separate";
+          },
+          py::arg("layer"), "How keys are stored: whole, or derived from the values.")
+      .def(
           "first_position",
           [](const CachePtr& cache, int layer) {
             CheckLayer(*cache, layer);
@@ -123,16 +138,32 @@ void BindKvCache(py::module_& module) {
   module.def(
       "new_cache",
       [](const TextModel& model, int64_t max_tokens, const std::string& dtype, int64_t start,
-         bool full_sliding, int64_t chunk) {
+         bool full_sliding, int64_t chunk, bool separate_keys) {
         KvCacheOptions options;
-        options.dtype = ValueOrThrow(ParseDType(dtype));
+        options.dtype = ValueOrThrow(ParseKvDType(dtype));
         options.max_tokens = max_tokens;
         options.start = start;
         options.full_sliding = full_sliding;
+        options.separate_keys = separate_keys;
         return ValueOrThrow(NewCache(model, options, chunk));
       },
       py::arg("model"), py::arg("max_tokens"), py::arg("dtype"), py::arg("start"),
-      py::arg("full_sliding"), py::arg("chunk"), "A new cache; max_tokens 0: the model's maximum.");
+      py::arg("full_sliding"), py::arg("chunk"), py::arg("separate_keys") = false,
+      "A new cache; max_tokens 0: the model's maximum.");
+
+  module.def(
+      "kv_bytes_needed",
+      [](const TextConfig& config, const std::string& dtype, int64_t tokens, int64_t chunk,
+         bool full_sliding, bool separate_keys) {
+        KvCacheOptions options;
+        options.dtype = ValueOrThrow(ParseKvDType(dtype));
+        options.full_sliding = full_sliding;
+        options.separate_keys = separate_keys;
+        return KvCache::BytesNeeded(MakeKvLayerSpecs(config), options, tokens, chunk);
+      },
+      py::arg("config"), py::arg("dtype"), py::arg("tokens"), py::arg("chunk"),
+      py::arg("full_sliding") = false, py::arg("separate_keys") = false,
+      "Bytes that a cache of `tokens` tokens needs, a pass of `chunk` included.");
 }
 
 }  // namespace gemloupe

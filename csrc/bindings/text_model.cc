@@ -76,6 +76,10 @@ void BindTextModel(py::module_& module) {
           "kv_dtype", [](const TextModelOptions& options) { return DTypeName(options.kv_dtype); },
           [](TextModelOptions& options, const std::string& name) {
             options.kv_dtype = ValueOrThrow(ParseDType(name));
+            if (!IsPlain(options.kv_dtype) && options.kv_dtype != DType::kInt8) {
+              throw py::value_error("kv_dtype is '" + name +
+                                    "', expected float32, float16, bfloat16 or int8");
+            }
           });
 
   py::class_<TextModel, std::shared_ptr<TextModel>>(module, "TextModel",

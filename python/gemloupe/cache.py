@@ -35,8 +35,17 @@ class CacheLayer:
         return self._core.layer_window(self.index)
 
     @property
+    def storage(self) -> str:
+        """How the entries read by this layer are stored.
+
+        "separate": keys and values. "derived": values and the rotated dims of the keys, where keys
+        are w ⊙ values before RoPE; `keys` rebuilds them.
+        """
+        return self._core.layer_storage(self.index)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of this layer's storage; 0 for a shared one."""
+        """Bytes of this layer's storage, in blocks of 64 positions; 0 for a shared one."""
         return self._core.layer_nbytes(self.index)
 
     @property
@@ -46,7 +55,7 @@ class CacheLayer:
 
     @property
     def keys(self) -> np.ndarray:
-        """Keys after norm and RoPE, float32 [S, K, H]: a copy, read-only."""
+        """Keys after norm and RoPE, float32 [S, K, H]: a copy, read-only, whatever the storage."""
         return self._core.read(self.index)[0]
 
     @property
@@ -111,7 +120,7 @@ class KvCache:
 
     @property
     def dtype(self) -> str:
-        """ "float32", "float16" or "bfloat16": how entries are stored."""
+        """ "float32", "float16", "bfloat16" or "int8": how entries are stored."""
         return self.core.dtype
 
     @property

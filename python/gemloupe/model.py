@@ -22,7 +22,7 @@ from gemloupe.stream import Stream
 from gemloupe.tokenizer import Tokenizer
 from gemloupe.weights import Weights
 
-KV_DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
 # Conversions of more weights than this show a progress bar.
 _BAR_BYTES = 1 << 30
 
@@ -296,8 +296,14 @@ class Model:
         dtype: str | None = None,
         sliding: str = "ring",
         start: int = 0,
+        *,
+        separate_keys: bool = False,
     ) -> KvCache:
         """An empty KV cache.
+
+        `dtype`: "float32", "float16", "bfloat16", or "int8" (a float32 scale for each head and
+        position); None for the model's. `separate_keys=True` stores keys whole even where they
+        could be derived from the values (the global layers of 12B, 26B-A4B and 31B).
 
         `max_tokens`: most tokens it takes; None for the model's maximum. It grows as it is filled:
         only layers with full attention grow beyond their window. `sliding="full"` makes sliding
@@ -312,7 +318,13 @@ class Model:
             raise ValueError(f"max_tokens is {max_tokens}; expected 1 or more, or None")
         return KvCache(
             _core.new_cache(
-                self.core, max_tokens or 0, dtype, start, sliding == "full", _core.DEFAULT_CHUNK
+                self.core,
+                max_tokens or 0,
+                dtype,
+                start,
+                sliding == "full",
+                _core.DEFAULT_CHUNK,
+                separate_keys,
             )
         )
 

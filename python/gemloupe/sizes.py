@@ -21,7 +21,8 @@ WEIGHT_BITS: dict[str, float] = {
 }
 # Beside a converted tensor: parts of the source and of a float32 form of it.
 _CONVERTING_BYTES = 64 << 20
-KV_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+KV_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_INT8_SCALE_BYTES = 4  # Of each head's keys and of its values, per position.
 
 _KV_BLOCK = 64  # Positions; csrc/ops/attention.h.
 
@@ -89,21 +90,33 @@ def kv_bytes_per_token(text: TextConfig, element_bytes: int = 2) -> tuple[int, i
     return sliding * element_bytes, full * element_bytes
 
 
-def kv_bytes(text: TextConfig, context: int, element_bytes: int = 2, *, chunk: int = 0) -> int:
-    """Returns bytes of the KV cache at `context` tokens, sliding layers holding their window.
+def kv_bytes(text: TextConfig, context: int, element_bytes: int = 2) -> int:
+    """Returns bytes of keys and values at `context` tokens, sliding layers holding their window."""
+    return element_bytes * sum(
+        min(context, layer.window or context) * _kv_width(layer) for layer in _storing(text)
+    )
 
-    With `chunk` > 0 as the engine allocates: in blocks, with room for a pass of `chunk` tokens.
+
+def kv_allocated(text: TextConfig, context: int, kv_dtype: str, chunk: int) -> int:
+    """Returns the bytes that the engine allocates for them (`_core.kv_bytes_needed` is the same).
+
+    In blocks of 64 positions, with room for a pass of `chunk` tokens. Where values are keys, only
+    the rotated dims of the keys are stored beside them.
     """
     total = 0
     for layer in _storing(text):
         positions = context
         if layer.kind == "sliding":
-            room = layer.window if chunk == 0 else layer.window - 1 + chunk + _KV_BLOCK
-            positions = min(context, room)
-        if chunk:
-            positions = -(-positions // _KV_BLOCK) * _KV_BLOCK
-        total += positions * _kv_width(layer)
-    return total * element_bytes
+            further = 1 if text.bidirectional == "all" else 0
+            positions = min(context, layer.window + further - 1 + chunk + _KV_BLOCK)
+        key_dims = min(2 * layer.rotary_pairs, layer.head_dim)
+        row = layer.head_dim + (key_dims if layer.values_are_keys else layer.head_dim)
+        bytes_of_head = row * KV_BYTES[kv_dtype]
+        if kv_dtype == "int8":
+            bytes_of_head += 2 * _INT8_SCALE_BYTES
+        blocks = -(-positions // _KV_BLOCK)
+        total += blocks * _KV_BLOCK * layer.num_kv_heads * bytes_of_head
+    return total
 
 
 def bytes_per_decoded_token(
@@ -204,7 +217,7 @@ def estimate(
             if isinstance(subject, ModelConfig)
             else resident_bytes(subject, dtype)
         ),
-        kv_cache=kv_bytes(config.text, context, KV_BYTES[kv_dtype], chunk=chunk),
+        kv_cache=kv_allocated(config.text, context, kv_dtype, chunk),
         scratch=_scratch_bytes(config.text, min(chunk, context)),
     )
 
