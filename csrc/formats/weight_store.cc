@@ -253,8 +253,27 @@ StatusOr<TensorView> WeightStore::TakeTable(std::string_view name,
   if (MustCopy(*tensor, false)) return TakeCopy(*tensor);
   const TensorView& view = tensor->view;
   mapped_bytes_ += view.byte_size();
-  if (tensor->file != nullptr) tensor->file->ExpectScattered(view.data, view.byte_size());
+  if (tensor->file != nullptr) {
+    tensor->file->ExpectScattered(view.data, view.byte_size());
+    tables_.push_back(*tensor);
+  }
   return view;
+}
+
+void WeightStore::PrefetchTableRows(const std::vector<int32_t>& ids) const {
+  for (const Tensor& table : tables_) {
+    const size_t row_bytes = MatrixBytes(table.view.dtype, 1, Cols(table.view.shape));
+    for (const int32_t id : ids) {
+      if (id < 0 || id >= Rows(table.view.shape)) continue;
+      table.file->Prefetch(
+          static_cast<const uint8_t*>(table.view.data) + static_cast<size_t>(id) * row_bytes,
+          row_bytes);
+    }
+  }
+}
+
+void WeightStore::DropTables() const {
+  for (const Tensor& table : tables_) table.file->Drop(table.view.data, table.view.byte_size());
 }
 
 StatusOr<std::vector<float>> WeightStore::TakeFloats(std::string_view name, int64_t size) {

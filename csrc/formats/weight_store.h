@@ -50,6 +50,10 @@ class WeightStore {
   StatusOr<TensorView> Take(std::string_view name, const std::vector<int64_t>& shape);
   // A table of which single rows are read: left in its file unless it must be converted.
   StatusOr<TensorView> TakeTable(std::string_view name, const std::vector<int64_t>& shape);
+  // The rows of the tables in files: will be read soon, all at once; are no longer in use, so that
+  // what was read of a table does not pile up as this process's memory.
+  void PrefetchTableRows(const std::vector<int32_t>& ids) const;
+  void DropTables() const;
   // A vector, widened to float32.
   StatusOr<std::vector<float>> TakeFloats(std::string_view name, int64_t size);
 
@@ -101,6 +105,7 @@ class WeightStore {
   absl::flat_hash_map<std::string, Tensor> tensors_;
   absl::flat_hash_map<std::string, std::shared_ptr<const MappedFile>> files_;
   std::vector<AlignedBuffer> copies_;
+  std::vector<Tensor> tables_;  // taken, and in files
   bool resident_ = false;
   ProgressFn progress_;
   uint64_t bytes_to_convert_ = 0;

@@ -108,7 +108,9 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
     ctx.path = {.row_exact = request.row_exact || options_.invariant,
                 .bfloat16 = options_.bfloat16_matmul,
                 .float32_activations = options_.float32_activations};
+    weights_.PrefetchTableRows(request.batch.ids);
     status = RunLayers(request, ctx, logits);
+    weights_.DropTables();
   }
   arena_.ShrinkTo(kKeptScratch);
   if (!status.ok()) return status;
