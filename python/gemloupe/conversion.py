@@ -8,6 +8,7 @@ killed one left is removed by the next conversion beside it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -257,16 +258,28 @@ def _sync(folder: Path) -> None:
 
 
 def _publish(partial: Path, target: Path) -> None:
-    """Renames the folder to its destination; one that is there already is moved away first."""
-    old = None
-    if target.exists():
+    """Renames the folder to its destination; one that is there already is replaced in one step."""
+    if not target.exists():
+        os.rename(partial, target)
+    elif not _exchange(partial, target):
+        # An old file system: for a moment there is neither.
         old = Path(tempfile.mkdtemp(prefix=packed.PARTIAL, dir=target.parent))
         os.rename(target, old / "replaced")
-    os.rename(partial, target)
-    if old is not None:
+        os.rename(partial, target)
         shutil.rmtree(old, ignore_errors=True)
     descriptor = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two names in one step, where kernel and file system can."""
+    current_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return rename(current_folder, names[0], current_folder, names[1], exchange) == 0
