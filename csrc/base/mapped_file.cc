@@ -54,23 +54,16 @@ Status ErrnoStatus(int error, const std::string& path) {
   }
 }
 
-struct FileDescriptor {
-  int fd;
-  ~FileDescriptor() {
-    if (fd >= 0) close(fd);
-  }
-};
-
 }  // namespace
 
 StatusOr<std::shared_ptr<const MappedFile>> MappedFile::Open(std::string_view path) {
   std::shared_ptr<MappedFile> file(new MappedFile());
   file->path_ = std::string(path);
   // O_NONBLOCK: opening a FIFO would wait for its writer before fstat could refuse it.
-  const FileDescriptor opened{open(file->path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
-  if (opened.fd < 0) return ErrnoStatus(errno, file->path_);
+  file->fd_ = open(file->path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (file->fd_ < 0) return ErrnoStatus(errno, file->path_);
   struct stat info;
-  if (fstat(opened.fd, &info) != 0) return ErrnoStatus(errno, file->path_);
+  if (fstat(file->fd_, &info) != 0) return ErrnoStatus(errno, file->path_);
   if (!S_ISREG(info.st_mode)) {
     return absl::InvalidArgumentError(
         absl::StrCat(file->path_, S_ISDIR(info.st_mode) ? " is a folder" : " is not a regular file",
@@ -78,7 +71,7 @@ StatusOr<std::shared_ptr<const MappedFile>> MappedFile::Open(std::string_view pa
   }
   const size_t size = static_cast<size_t>(info.st_size);
   if (size == 0) return std::shared_ptr<const MappedFile>(std::move(file));  // mmap refuses it
-  void* data = MapAligned(opened.fd, size);
+  void* data = MapAligned(file->fd_, size);
   if (data == MAP_FAILED) return ErrnoStatus(errno, file->path_);
   file->data_ = static_cast<const uint8_t*>(data);
   file->size_ = size;
@@ -87,6 +80,26 @@ StatusOr<std::shared_ptr<const MappedFile>> MappedFile::Open(std::string_view pa
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) munmap(const_cast<uint8_t*>(data_), size_);
+  if (fd_ >= 0) close(fd_);
+}
+
+Status MappedFile::Read(const void* begin, size_t bytes, void* dst) const {
+  auto offset = static_cast<off_t>(static_cast<const uint8_t*>(begin) - data_);
+  auto* at = static_cast<uint8_t*>(dst);
+  while (bytes > 0) {
+    const ssize_t got = pread(fd_, at, bytes, offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return ErrnoStatus(errno, path_);
+    if (got == 0) {
+      return absl::DataLossError(absl::StrCat(
+          path_, ": the file ends at byte ", offset,
+          "; it was cut short while in use: restore it and load the model again"));
+    }
+    at += got;
+    offset += got;
+    bytes -= static_cast<size_t>(got);
+  }
+  return absl::OkStatus();
 }
 
 void MappedFile::ExpectWhole(const void* begin, size_t bytes) const {

@@ -26,6 +26,10 @@ class MappedFile {
   size_t size() const { return size_; }
   const std::string& path() const { return path_; }
 
+  // Copies bytes of the mapping by reading the file: pages that are read so do not count as this
+  // process's memory. DataLoss if the file has become shorter.
+  Status Read(const void* begin, size_t bytes, void* dst) const;
+
   // Advice on bytes of the mapping, for whole pages; other bytes and null are left alone.
   // They will be read in full, again and again: 2 MiB pages where the file has them.
   void ExpectWhole(const void* begin, size_t bytes) const;
@@ -41,6 +45,7 @@ class MappedFile {
 
   MappedFile() = default;
   std::string path_;
+  int fd_ = -1;
   const uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -2,9 +2,13 @@
 #define GEMLOUPE_LAYERS_EXPERTS_H_
 
 #include <cstdint>
+#include <memory>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include "base/status.h"
+#include "formats/expert_cache.h"
 #include "layers/pass_context.h"
 #include "layers/router.h"
 
@@ -13,6 +17,9 @@ namespace gemloupe {
 struct ExpertsWeights {
   TensorView gate_up_proj;  // [E, 2 F, D]: F rows of gate, then F rows of up
   TensorView down_proj;     // [E, D, F]
+  // Experts that are read on demand: the cache and the layer's number in it. Null: all are in memory.
+  std::shared_ptr<ExpertCache> cache;
+  int cache_layer = 0;
 };
 
 // The experts of a mixture-of-experts block.
@@ -25,6 +32,11 @@ class Experts {
   Status Forward(ConstMatrix x, const Routing& routing, const PassContext& ctx, Matrix out) const;
 
  private:
+  struct Slots;
+  StatusOr<std::vector<ExpertView>> Views(std::span<const int32_t> experts) const;
+  Status AddBatch(const LinearInput& input, const Slots& slots, size_t first_group,
+                  size_t end_group, const PassContext& ctx, Matrix out) const;
+
   ExpertsWeights weights_;
 };
 
