@@ -14,7 +14,7 @@ from gemloupe import sizes
 from gemloupe.errors import format_bytes
 from gemloupe.variants import VARIANTS
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "int8", "int4")
 _CONTEXTS = (4096, 32_768)  # And each model's own limit.
 # What the kernels or oneDNN make use of, as /proc/cpuinfo spells it.
 _FEATURES = (
@@ -102,7 +102,8 @@ def _fit_table(machine: Machine) -> str:
     lines = [
         "Released models: memory needed, and tokens a second to expect when decoding",
         "  (bandwidth / bytes read for a token. The files hold bfloat16; float32 reads them so",
-        "  and keeps a float32 KV cache. -- does not fit here.)",
+        "  and keeps a float32 KV cache; int8 and int4 are what gemloupe convert makes of them.",
+        "  -- does not fit here.)",
         f"  {'':9}{'':9}{'4K context':>24}{'32K context':>24}{'full context':>31}",
     ]
     for name in VARIANTS:
@@ -118,11 +119,12 @@ def _cells(machine: Machine, name: str, dtype: str) -> list[str]:
     config = VARIANTS[name].config
     text = config.text
     parameters = sizes.count_parameters(config)
+    bits = 16 if dtype in ("float32", "bfloat16") else sizes.decoded_weight_bits(text, dtype)
     cells = []
     for context in (*_CONTEXTS, text.max_position_embeddings):
         needed = sizes.estimate(config, dtype, context)
         read = sizes.bytes_per_decoded_token(
-            parameters, text, context, 16, sizes.KV_BYTES[needed.kv_dtype]
+            parameters, text, context, bits, sizes.KV_BYTES[needed.kv_dtype]
         )
         speed = f"{machine.bandwidth * 1e9 / read:.1f} tok/s"
         if needed.total > machine.memory:
@@ -150,13 +152,18 @@ def _advice(machine: Machine) -> str:
         )
     if machine.huge_pages == "never":
         lines.append(f"Huge pages are off: echo madvise | sudo tee {_THP}")
-    fitting = [
-        name
-        for name, variant in VARIANTS.items()
-        if sizes.estimate(variant, "bfloat16", 4096).total <= machine.memory
-    ]
-    if fitting:
-        lines.append(f"Largest model that fits at 4K: {_largest(fitting)}.")
+    fitting = {
+        dtype: [
+            name
+            for name, variant in VARIANTS.items()
+            if sizes.estimate(variant, dtype, 4096).total <= machine.memory
+        ]
+        for dtype in ("bfloat16", "int4")
+    }
+    largest = {dtype: _largest(names) for dtype, names in fitting.items() if names}
+    if largest:
+        found = [f"{name} in {dtype}" for dtype, name in largest.items()]
+        lines.append(f"Largest model that fits at 4K: {', '.join(found)}.")
     else:
         lines.append("No released model fits: start with a demo model.")
     lines.append("Five things to try: gemloupe")

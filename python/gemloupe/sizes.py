@@ -109,13 +109,10 @@ def kv_allocated(text: TextConfig, context: int, kv_dtype: str, chunk: int) -> i
         if layer.kind == "sliding":
             further = 1 if text.bidirectional == "all" else 0
             positions = min(context, layer.window + further - 1 + chunk + _KV_BLOCK)
-        key_dims = min(2 * layer.rotary_pairs, layer.head_dim)
-        row = layer.head_dim + (key_dims if layer.values_are_keys else layer.head_dim)
-        bytes_of_head = row * KV_BYTES[kv_dtype]
+        bytes_of_position = _kv_stored(layer) * KV_BYTES[kv_dtype]
         if kv_dtype == "int8":
-            bytes_of_head += 2 * _INT8_SCALE_BYTES
-        blocks = -(-positions // _KV_BLOCK)
-        total += blocks * _KV_BLOCK * layer.num_kv_heads * bytes_of_head
+            bytes_of_position += 2 * layer.num_kv_heads * _INT8_SCALE_BYTES
+        total += -(-positions // _KV_BLOCK) * _KV_BLOCK * bytes_of_position
     return total
 
 
@@ -124,9 +121,23 @@ def bytes_per_decoded_token(
 ) -> float:
     """Returns bytes read for one token after `context` tokens: weights in use, keys and values."""
     attended = sum(
-        min(context, layer.window or context) * _kv_width(layer) for layer in text.layers
+        min(context, layer.window or context) * _kv_stored(layer) for layer in text.layers
     )
     return parameters.active * weight_bits / 8 + attended * kv_element
+
+
+def decoded_weight_bits(text: TextConfig, dtype: recipe.Dtype) -> float:
+    """Returns bits a weight, on average, of what one decoded token reads of a packed model."""
+    tensors = {name: ("bfloat16", shape) for name, shape in expected_text_tensors(text).items()}
+    targets = recipe.targets(dtype, tensors)
+    size = count = 0.0
+    for name, (_, shape) in tensors.items():
+        if name == recipe.TABLE:
+            continue
+        share = text.top_k_experts / text.num_experts if ".experts." in name else 1.0
+        size += share * recipe.nbytes(targets.get(name, "float32"), shape)
+        count += share * math.prod(shape)
+    return 8 * size / count
 
 
 def _storing(text: TextConfig) -> list[LayerConfig]:
@@ -135,6 +146,12 @@ def _storing(text: TextConfig) -> list[LayerConfig]:
 
 def _kv_width(layer: LayerConfig) -> int:
     return 2 * layer.num_kv_heads * layer.head_dim
+
+
+def _kv_stored(layer: LayerConfig) -> int:
+    """Elements that the engine stores for a position: of derived keys only the rotated dims."""
+    key_dims = 2 * layer.rotary_pairs if layer.values_are_keys else layer.head_dim
+    return layer.num_kv_heads * (layer.head_dim + key_dims)
 
 
 @dataclass(frozen=True)
