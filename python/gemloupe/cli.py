@@ -293,7 +293,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         default=_DEFAULT_MODEL,
-        help=f"a folder, a hub id, or demo:edge, demo:moe, demo:dense (default: {_DEFAULT_MODEL})",
+        help="a folder, a .gguf file, a hub id, or demo:edge, demo:moe, demo:dense "
+        f"(default: {_DEFAULT_MODEL})",
     )
     group.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"

@@ -234,6 +234,8 @@ def _write_side_files(checkpoint: Checkpoint, folder: Path) -> None:
                 shutil.copyfile(checkpoint.folder / name, folder / name)
         return
     tokenizer = checkpoint.new_tokenizer()
+    if not tokenizer.exists:
+        return
     (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), "utf-8")
     _write_json(folder / "tokenizer_config.json", tokenizer.settings)
     template = tokenizer.chat_template

@@ -48,11 +48,15 @@ class GgufTokenizer(Tokenizer):
         self._header = header
         self._keys = frozenset(header.keys)
 
+    @property
+    def exists(self) -> bool:
+        return f"{_PREFIX}model" in self._keys
+
     def _read_backend(self) -> tokenizers.Tokenizer:
         import tokenizers
         from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-        if f"{_PREFIX}model" not in self._keys:
+        if not self.exists:
             raise FileNotFoundError(
                 f"{self.folder}: has no tokenizer, but text needs one; convert the checkpoint "
                 "with its tokenizer, or pass token ids"

@@ -59,6 +59,11 @@ class Tokenizer:
         """Whether tokenizer.json has been read already."""
         return self._backend is not None
 
+    @property
+    def exists(self) -> bool:
+        """Whether the checkpoint has a tokenizer; ids run without."""
+        return (self.folder / "tokenizer.json").is_file()
+
     def _load(self) -> tokenizers.Tokenizer:
         with self._lock:
             if self._backend is None:
