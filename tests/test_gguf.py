@@ -176,6 +176,13 @@ def test_metadata_give_the_config_of_the_checkpoint(
     assert open_checkpoint(tmp_path / "x.gguf").config.text == expected
 
 
+def test_one_width_may_be_written_for_every_layer(folder_of: Callable, tmp_path: Path) -> None:
+    lists = {"expert_feed_forward_length": [256] * 6, "attention.head_count": [4] * 6}
+    write_gguf(tmp_path / "x.gguf", folder_of("26b"), metadata=lists)
+    expected = open_checkpoint(folder_of("26b")).config.text
+    assert open_checkpoint(tmp_path / "x.gguf").config.text == expected
+
+
 def test_the_embedding_scale_is_float32s(folder_of: Callable, tmp_path: Path) -> None:
     write_gguf(tmp_path / "x.gguf", folder_of("26b"), all_of(Type.BF16))
     ids = random_ids(5)

@@ -362,7 +362,7 @@ def _read_config(
         # No key says it: the models without per-layer inputs see image blocks whole.
         "use_bidirectional_attention": None if per_layer else "vision",
         "tie_word_embeddings": True,
-        **_experts(metadata),
+        **_experts(metadata, layers),
         **_token_ids(metadata, vocab),
     }
     raw["final_logit_softcapping"] = raw["final_logit_softcapping"] or None
@@ -454,7 +454,7 @@ def _values_are_keys(
     return bool(without)
 
 
-def _experts(metadata: _Metadata) -> dict[str, Any]:
+def _experts(metadata: _Metadata, layers: int) -> dict[str, Any]:
     count = metadata.integer("expert_count", 0, low=0, high=1 << 16)
     if count == 0:
         for key in ("expert_used_count", "expert_feed_forward_length"):
@@ -465,7 +465,7 @@ def _experts(metadata: _Metadata) -> dict[str, Any]:
         "enable_moe_block": True,
         "num_experts": count,
         "top_k_experts": metadata.integer("expert_used_count", high=count),
-        "moe_intermediate_size": metadata.integer("expert_feed_forward_length", high=_WIDTH),
+        "moe_intermediate_size": _same(metadata, "expert_feed_forward_length", layers, high=_WIDTH),
     }
 
 
