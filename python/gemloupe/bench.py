@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,21 +165,22 @@ def measure(
         yield case, rates
 
 
-def weight_bytes_per_pass(model: Model, rows: int = 1) -> float:
+def weight_bytes_per_pass(
+    text: TextConfig, tensors: Iterable[tuple[str, Sequence[int], int]], rows: int = 1
+) -> float:
     """Bytes of weights that decoding one token in each of `rows` rows reads.
 
-    Of experts those that the rows are expected to use if each chooses at random; of the per-layer
-    table nothing, as it is single rows.
+    `tensors` are (name without prefix, shape, bytes). Of experts those count that the rows are
+    expected to use if each chooses at random; the per-layer table, a row at a time, does not.
     """
-    text = model.config.text
     total = 0.0
-    for name, info in model.weights.items():
+    for name, shape, nbytes in tensors:
         if name == recipe.TABLE:
             continue
         share = 1.0
-        if ".experts." in name and len(info.shape) > 2:
+        if ".experts." in name and len(shape) > 2:
             share = 1.0 - (1.0 - text.top_k_experts / text.num_experts) ** rows
-        total += share * info.nbytes
+        total += share * nbytes
     return total
 
 
@@ -197,9 +198,11 @@ def kv_bytes_read(text: TextConfig, context: int, kv_dtype: str) -> int:
 
 def bytes_per_token(model: Model, case: Case) -> float:
     """Bytes that a decoded token reads halfway through a "tg" case, its share of each pass."""
-    weights = weight_bytes_per_pass(model, case.batch) / case.batch
+    text = model.config.text
+    tensors = ((name, info.shape, info.nbytes) for name, info in model.weights.items())
     context = case.depth + case.tokens // 2 + 1
-    return weights + kv_bytes_read(model.config.text, context, model.kv_dtype)
+    weights = weight_bytes_per_pass(text, tensors, case.batch) / case.batch
+    return weights + kv_bytes_read(text, context, model.kv_dtype)
 
 
 def peak_rss() -> int:
