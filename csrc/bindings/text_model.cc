@@ -71,6 +71,7 @@ void BindTextModel(py::module_& module) {
       .def_readwrite("float32_activations", &TextModelOptions::float32_activations)
       .def_readwrite("round_embed_scale", &TextModelOptions::round_embed_scale)
       .def_readwrite("invariant", &TextModelOptions::invariant)
+      .def_readwrite("expert_memory", &TextModelOptions::expert_memory)
       .def_readwrite("threads", &TextModelOptions::threads)
       .def_property(
           "kv_dtype", [](const TextModelOptions& options) { return DTypeName(options.kv_dtype); },
@@ -96,6 +97,16 @@ void BindTextModel(py::module_& module) {
       .def("weight_rows", &ReadWeightRows, py::arg("name"), py::arg("ids"),
            "Rows of a tensor as float32 [ids, cols]; those of experts are counted through.")
       .def_property_readonly("threads", &TextModel::threads)
+      .def_property_readonly(
+          "expert_cache",
+          [](const TextModel& model) -> py::object {
+            if (model.experts() == nullptr) return py::none();
+            const ExpertCache::Counts counts = model.experts()->counts();
+            return py::dict(py::arg("capacity") = counts.capacity, py::arg("found") = counts.found,
+                            py::arg("read") = counts.read,
+                            py::arg("bytes_read") = counts.bytes_read);
+          },
+          "Counts of experts held, found and read since loading; None where none are on disk.")
       .def_property_readonly("copied_bytes",
                              [](const TextModel& model) { return model.weights().copied_bytes(); })
       .def_property_readonly("mapped_bytes",

@@ -43,8 +43,10 @@ int64_t ExpertCache::capacity() const {
 }
 
 ExpertCache::Counts ExpertCache::counts() const {
-  Counts counts = counts_;
-  counts.capacity = capacity();
+  Counts counts = {.capacity = capacity(), .found = found_, .read = read_, .bytes_read = 0};
+  if (counts.read > 0) {
+    counts.bytes_read = static_cast<uint64_t>(counts.read) * (GateUpBytes() + DownBytes());
+  }
   return counts;
 }
 
@@ -110,9 +112,8 @@ StatusOr<std::vector<ExpertView>> ExpertCache::Fetch(int layer_number,
     }
     return status;
   }
-  counts_.found += static_cast<int64_t>(experts.size() - missing.size());
-  counts_.read += static_cast<int64_t>(missing.size());
-  counts_.bytes_read += missing.size() * (GateUpBytes() + DownBytes());
+  found_ += static_cast<int64_t>(experts.size() - missing.size());
+  read_ += static_cast<int64_t>(missing.size());
   std::vector<ExpertView> views;
   for (const int32_t expert : experts) {
     ExpertView view = {layer.gate_up_proj.Slice(expert), layer.down_proj.Slice(expert)};

@@ -1,6 +1,7 @@
 #ifndef GEMLOUPE_FORMATS_EXPERT_CACHE_H_
 #define GEMLOUPE_FORMATS_EXPERT_CACHE_H_
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -71,7 +72,9 @@ class ExpertCache {
   std::vector<Slot> slots_;
   AlignedBuffer memory_;
   uint64_t clock_ = 0;
-  Counts counts_;
+  // Read by other threads while a pass runs.
+  std::atomic<int64_t> found_{0};
+  std::atomic<int64_t> read_{0};
 };
 
 }  // namespace gemloupe

@@ -247,33 +247,27 @@ StatusOr<TensorView> WeightStore::Take(std::string_view name, const std::vector<
   return view;
 }
 
-StatusOr<TensorView> WeightStore::TakeTable(std::string_view name,
-                                            const std::vector<int64_t>& shape) {
+StatusOr<RowTable> WeightStore::TakeTable(std::string_view name,
+                                          const std::vector<int64_t>& shape) {
   GL_ASSIGN_OR_RETURN(Tensor * tensor, Find(name, shape));
-  if (MustCopy(*tensor, false)) return TakeCopy(*tensor);
-  const TensorView& view = tensor->view;
-  mapped_bytes_ += view.byte_size();
-  if (tensor->file != nullptr) {
-    tensor->file->ExpectScattered(view.data, view.byte_size());
-    tables_.push_back(*tensor);
+  if (MustCopy(*tensor, false)) {
+    GL_ASSIGN_OR_RETURN(TensorView copy, TakeCopy(*tensor));
+    return RowTable(std::move(copy), nullptr);
   }
-  return view;
+  return RowTable(tensor->view, tensor->file);
 }
 
-void WeightStore::PrefetchTableRows(const std::vector<int32_t>& ids) const {
-  for (const Tensor& table : tables_) {
-    const size_t row_bytes = MatrixBytes(table.view.dtype, 1, Cols(table.view.shape));
-    for (const int32_t id : ids) {
-      if (id < 0 || id >= Rows(table.view.shape)) continue;
-      table.file->Prefetch(
-          static_cast<const uint8_t*>(table.view.data) + static_cast<size_t>(id) * row_bytes,
-          row_bytes);
-    }
+StatusOr<WeightStore::FilePart> WeightStore::TakeInFile(std::string_view name,
+                                                        const std::vector<int64_t>& shape) {
+  GL_ASSIGN_OR_RETURN(Tensor * tensor, Find(name, shape));
+  if (tensor->file == nullptr || MustCopy(*tensor, false)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        tensor->path, ": tensor ", std::string(name), " is stored as ",
+        DTypeName(tensor->view.dtype),
+        " and would have to be converted; only a checkpoint that is stored in the wanted dtype can "
+        "stay on disk: convert it first"));
   }
-}
-
-void WeightStore::DropTables() const {
-  for (const Tensor& table : tables_) table.file->Drop(table.view.data, table.view.byte_size());
+  return FilePart{tensor->view, tensor->file};
 }
 
 StatusOr<std::vector<float>> WeightStore::TakeFloats(std::string_view name, int64_t size) {

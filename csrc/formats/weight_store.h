@@ -16,6 +16,7 @@
 #include "base/status.h"
 #include "base/tensor.h"
 #include "formats/pack_quantized.h"
+#include "formats/row_table.h"
 #include "formats/safetensors.h"
 
 namespace gemloupe {
@@ -49,11 +50,14 @@ class WeightStore {
   // result it needs a few of these parts. Cancelled if the progress function said so.
   StatusOr<TensorView> Take(std::string_view name, const std::vector<int64_t>& shape);
   // A table of which single rows are read: left in its file unless it must be converted.
-  StatusOr<TensorView> TakeTable(std::string_view name, const std::vector<int64_t>& shape);
-  // The rows of the tables in files: will be read soon, all at once; are no longer in use, so that
-  // what was read of a table does not pile up as this process's memory.
-  void PrefetchTableRows(const std::vector<int32_t>& ids) const;
-  void DropTables() const;
+  StatusOr<RowTable> TakeTable(std::string_view name, const std::vector<int64_t>& shape);
+  // A tensor that the caller reads from its file, part by part: nothing is mapped for it.
+  // FailedPrecondition where it would have to be converted.
+  struct FilePart {
+    TensorView view;
+    std::shared_ptr<const MappedFile> file;
+  };
+  StatusOr<FilePart> TakeInFile(std::string_view name, const std::vector<int64_t>& shape);
   // A vector, widened to float32.
   StatusOr<std::vector<float>> TakeFloats(std::string_view name, int64_t size);
 
@@ -105,7 +109,6 @@ class WeightStore {
   absl::flat_hash_map<std::string, Tensor> tensors_;
   absl::flat_hash_map<std::string, std::shared_ptr<const MappedFile>> files_;
   std::vector<AlignedBuffer> copies_;
-  std::vector<Tensor> tables_;  // taken, and in files
   bool resident_ = false;
   ProgressFn progress_;
   uint64_t bytes_to_convert_ = 0;

@@ -55,10 +55,35 @@ StatusOr<MlpWeights> ReadMlp(int64_t hidden, int64_t width, LayerReader& reader)
   return weights;
 }
 
+StatusOr<ExpertsWeights> ReadExperts(int index, int64_t experts, int64_t width, int64_t hidden,
+                                     const std::shared_ptr<ExpertCache>& cache,
+                                     WeightStore& weights) {
+  const std::string gate_up = names::OfLayer(index, names::kExpertsGateUpProj);
+  const std::string down = names::OfLayer(index, names::kExpertsDownProj);
+  ExpertsWeights read;
+  read.cache = cache;
+  if (cache == nullptr) {
+    GL_ASSIGN_OR_RETURN(read.gate_up_proj, weights.Take(gate_up, {experts, 2 * width, hidden}));
+    GL_ASSIGN_OR_RETURN(read.down_proj, weights.Take(down, {experts, hidden, width}));
+    return read;
+  }
+  GL_ASSIGN_OR_RETURN(const WeightStore::FilePart first,
+                      weights.TakeInFile(gate_up, {experts, 2 * width, hidden}));
+  GL_ASSIGN_OR_RETURN(const WeightStore::FilePart second,
+                      weights.TakeInFile(down, {experts, hidden, width}));
+  read.gate_up_proj = first.view;
+  read.down_proj = second.view;
+  GL_ASSIGN_OR_RETURN(read.cache_layer,
+                      cache->AddLayer(first.view, first.file, second.view, second.file));
+  return read;
+}
+
 }  // namespace
 
 StatusOr<DecoderLayer> DecoderLayer::Load(const TextConfig& config, const LayerSpec& spec,
-                                          int index, WeightStore& weights) {
+                                          int index,
+                                          const std::shared_ptr<ExpertCache>& expert_cache,
+                                          WeightStore& weights) {
   LayerReader reader(index, weights);
   const auto eps = static_cast<float>(config.rms_norm_eps);
   const int64_t hidden = config.hidden_size;
@@ -85,11 +110,8 @@ StatusOr<DecoderLayer> DecoderLayer::Load(const TextConfig& config, const LayerS
     GL_ASSIGN_OR_RETURN(router.per_expert_scale,
                         reader.Vector(names::kRouterPerExpertScale, experts));
     layer.router_.emplace(std::move(router), config.top_k_experts, eps);
-    ExpertsWeights expert_weights;
-    GL_ASSIGN_OR_RETURN(expert_weights.gate_up_proj,
-                        reader.Matrix(names::kExpertsGateUpProj, {experts, 2 * width, hidden}));
-    GL_ASSIGN_OR_RETURN(expert_weights.down_proj,
-                        reader.Matrix(names::kExpertsDownProj, {experts, hidden, width}));
+    GL_ASSIGN_OR_RETURN(ExpertsWeights expert_weights,
+                        ReadExperts(index, experts, width, hidden, expert_cache, weights));
     layer.experts_.emplace(std::move(expert_weights));
     GL_ASSIGN_OR_RETURN(layer.post_mlp_norm_, reader.ReadNorm(names::kPostMlpNorm, hidden, eps));
     GL_ASSIGN_OR_RETURN(layer.pre_experts_norm_,

@@ -20,8 +20,9 @@ namespace gemloupe {
 // One layer of the decoder, in the order of its diagram.
 class DecoderLayer {
  public:
-  // Reads the weights of layer `index`.
+  // Reads the weights of layer `index`; its experts stay on disk where there is a cache for them.
   static StatusOr<DecoderLayer> Load(const TextConfig& config, const LayerSpec& spec, int index,
+                                     const std::shared_ptr<ExpertCache>& expert_cache,
                                      WeightStore& weights);
 
   // Replaces resid [T, D]. per_layer_input [T, P] (no columns in models that have none).

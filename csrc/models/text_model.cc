@@ -81,10 +81,14 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
                         store.TakeFloats(names::kPerLayerProjectionNorm, width));
     model->per_layer_projection_norm_ = Norm(std::move(projection_norm), eps);
   }
+  if (options.expert_memory > 0) {
+    model->experts_ = std::make_shared<ExpertCache>(options.expert_memory);
+  }
   const std::vector<LayerSpec> specs = MakeLayerSpecs(config);
   for (int i = 0; i < static_cast<int>(specs.size()); ++i) {
-    GL_ASSIGN_OR_RETURN(DecoderLayer layer,
-                        DecoderLayer::Load(config, specs[static_cast<size_t>(i)], i, store));
+    GL_ASSIGN_OR_RETURN(
+        DecoderLayer layer,
+        DecoderLayer::Load(config, specs[static_cast<size_t>(i)], i, model->experts_, store));
     model->kv_layers_[static_cast<size_t>(i)].key_weight = layer.key_weight();
     model->layers_.push_back(std::move(layer));
   }
@@ -108,9 +112,7 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
     ctx.path = {.row_exact = request.row_exact || options_.invariant,
                 .bfloat16 = options_.bfloat16_matmul,
                 .float32_activations = options_.float32_activations};
-    weights_.PrefetchTableRows(request.batch.ids);
     status = RunLayers(request, ctx, logits);
-    weights_.DropTables();
   }
   arena_.ShrinkTo(kKeptScratch);
   if (!status.ok()) return status;
@@ -208,8 +210,8 @@ StatusOr<Matrix> TextModel::PerLayerInputs(ConstMatrix embed, int begin, int end
   const auto root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.hidden_size)));
   Scale(context, root, context);
   per_layer_projection_norm_.Forward(context, context);
-  GatherRows(embed_tokens_per_layer_, ctx.batch->ids.data(), begin * width, per_layer_scale_,
-             token);
+  GL_RETURN_IF_ERROR(embed_tokens_per_layer_.Gather(ctx.batch->ids.data(), begin * width,
+                                                    per_layer_scale_, token));
   Add(context, token, context);
   Scale(context, static_cast<float>(1.0 / std::sqrt(2.0)), context);
   return context;

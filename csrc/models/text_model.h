@@ -9,6 +9,8 @@
 
 #include "base/memory.h"
 #include "base/status.h"
+#include "formats/expert_cache.h"
+#include "formats/row_table.h"
 #include "formats/weight_store.h"
 #include "inspect/captures.h"
 #include "layers/norm.h"
@@ -27,6 +29,8 @@ struct TextModelOptions {
   bool round_embed_scale = false;
   // Every row's bits are the same whatever the batch, the chunk and the thread count.
   bool invariant = false;
+  // Memory for experts that are read from the file on demand; 0: all stay mapped.
+  uint64_t expert_memory = 0;
   int threads = 0;                   // 0: all available CPUs
   DType kv_dtype = DType::kFloat16;  // of caches that are made without naming one
 };
@@ -60,6 +64,8 @@ class TextModel {
   // Unlike that of any other model of this process: a cache belongs to the model that fills it.
   uint64_t id() const { return id_; }
   int threads() const;
+  // The cache of experts that are read on demand, or null.
+  const ExpertCache* experts() const { return experts_.get(); }
 
  private:
   TextModel() = default;
@@ -78,11 +84,12 @@ class TextModel {
   int first_sharing_layer_ = 0;
 
   TensorView embed_tokens_;
-  TensorView embed_tokens_per_layer_;
+  RowTable embed_tokens_per_layer_;
   TensorView per_layer_model_projection_;
   Norm per_layer_projection_norm_;
   Norm final_norm_;
   std::vector<DecoderLayer> layers_;
+  std::shared_ptr<ExpertCache> experts_;
   float embed_scale_ = 0.0f;
   float per_layer_scale_ = 0.0f;
 

@@ -53,7 +53,10 @@ def load(
     "float32" rounds none, in no product, and is slower. `residency`: weights stay "mapped" from
     the file, or are copied into private 2 MiB pages ("resident").
     `threads`: None for every CPU that this process may use. `kv_dtype`: "auto" is float32 with
-    dtype "float32", else float16; also "bfloat16". `max_memory`: most bytes that weights may take.
+    dtype "float32", else float16; also "bfloat16" and "int8". `max_memory`: most bytes that the
+    process may take (its peak, page cache not counted): what does not fit is refused, but for the
+    experts of a checkpoint that is stored in the wanted dtype, which are then read from disk on
+    demand (`expert_cache`).
     `invariant=True` (or GEMLOUPE_INVARIANT=1): a row's bits do not depend on batch, chunk or
     threads. `embed_scale`: √hidden_size as "float32" or rounded to "bfloat16", as a reference in
     that dtype holds it; "auto" follows dtype.
@@ -84,7 +87,7 @@ def load(
     if kv_dtype == "auto":
         kv_dtype = "float32" if preset == "float32" else "float16"
     options.kv_dtype = kv_dtype
-    _check_memory(checkpoint, dtype, residency, max_memory)
+    options.expert_memory = _expert_memory(checkpoint, dtype, residency, max_memory, targets)
     weights = stored_weights(checkpoint, targets)
     weights.set_resident(residency == "resident")
     with _load_bar(checkpoint, targets, residency) as bar:
@@ -154,18 +157,43 @@ def _entry(info: TensorInfo) -> _core.TensorEntry:
     return _core.TensorEntry(info.name, info.dtype, list(info.shape), info.begin, info.end)
 
 
-def _check_memory(
-    checkpoint: Checkpoint, dtype: str | Mapping[str, str], residency: str, max_memory: int | None
-) -> None:
-    """Raises MemoryError where the weights that every token reads do not fit.
+def _expert_memory(
+    checkpoint: Checkpoint,
+    dtype: str | Mapping[str, str],
+    residency: str,
+    max_memory: int | None,
+    targets: Mapping[str, str],
+) -> int:
+    """Returns bytes for experts to be read on demand; 0 where the whole model stays in memory.
 
-    Mapped weights count too: one that is not in memory is read from disk for every token. Of the
-    per-layer embedding table only a few rows are.
+    Mapped weights count as memory: one that is not in memory is read from disk for every token. Of
+    the per-layer embedding table only a few rows are. MemoryError where the model does not fit.
     """
-    available = _core.available_memory() if max_memory is None else max_memory
-    needed = sizes.resident_bytes(checkpoint, dtype, residency)
-    if needed <= available:
-        return
+    text = checkpoint.config.text
+    weights = sizes.resident_bytes(checkpoint, dtype, residency)
+    available = _core.available_memory()
+    beside = 0
+    if max_memory is not None:
+        # What the process has already, and what a pass and a cache of some thousand tokens need.
+        context = min(4096, text.max_position_embeddings)
+        beside = _resident_set() + sizes.scratch_bytes(text, _core.DEFAULT_CHUNK)
+        beside += sizes.kv_allocated(text, context, "float16", _core.DEFAULT_CHUNK)
+        available = max_memory
+    if weights + beside <= available:
+        return 0
+    stored = all(
+        targets.get(name, tensor.dtype) == tensor.dtype
+        for name, tensor in checkpoint.text_tensors.items()
+        if ".experts." in name
+    )
+    experts = sizes.expert_bytes(checkpoint)
+    if max_memory is not None and experts and stored and residency == "mapped":
+        of_one = experts // (text.num_experts * sum(layer.has_experts for layer in text.layers))
+        beside += weights - experts
+        weights = text.top_k_experts * of_one  # The least that a token needs.
+        if weights + beside <= available:
+            return available - beside
+    needed = weights + beside
     alternatives = []
     if checkpoint.provenance is None:
         for name in ("bfloat16", "int8", "int4"):
@@ -175,6 +203,15 @@ def _check_memory(
     label = checkpoint.dtype if dtype == "auto" else recipe.name_of(dtype)
     what = f"{checkpoint.source}: the model in {label}"
     raise does_not_fit(what, needed, available, alternatives)
+
+
+def _resident_set() -> int:
+    """Returns the bytes of memory that this process has now."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # No /proc: count a plain interpreter with NumPy.
+        return 64 << 20
 
 
 def _load_bar(checkpoint: Checkpoint, targets: Mapping[str, str], residency: str) -> ProgressBar:
@@ -233,6 +270,14 @@ class Model:
     def weights(self) -> Weights:
         """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`."""
         return Weights(self.core, self.checkpoint)
+
+    @property
+    def expert_cache(self) -> Mapping[str, int] | None:
+        """Experts that can be held at once, and how many were found or read since loading.
+
+        None where all experts are in memory (`max_memory` was large enough, or not given).
+        """
+        return self.core.expert_cache
 
     @property
     def threads(self) -> int:

@@ -235,7 +235,7 @@ def estimate(
             else resident_bytes(subject, dtype)
         ),
         kv_cache=kv_allocated(config.text, context, kv_dtype, chunk),
-        scratch=_scratch_bytes(config.text, min(chunk, context)),
+        scratch=scratch_bytes(config.text, min(chunk, context)),
     )
 
 
@@ -273,6 +273,11 @@ def resident_bytes(subject: Checkpoint, dtype: recipe.Dtype, residency: str = "m
     return total + min(largest, _CONVERTING_BYTES)
 
 
+def expert_bytes(subject: Checkpoint) -> int:
+    """Returns bytes of all experts as they are stored."""
+    return sum(t.nbytes for name, t in subject.text_tensors.items() if ".experts." in name)
+
+
 def config_bytes(text: TextConfig, stored: str, dtype: recipe.Dtype, *, table: bool = False) -> int:
     """The same of a checkpoint with this config, converted beforehand or stored in `dtype`.
 
@@ -287,7 +292,7 @@ def config_bytes(text: TextConfig, stored: str, dtype: recipe.Dtype, *, table: b
     )
 
 
-def _scratch_bytes(text: TextConfig, rows: int) -> int:
+def scratch_bytes(text: TextConfig, rows: int) -> int:
     """Float32 rows alive at once in the widest layer, per-layer inputs and one row of logits."""
     widest = 0
     for layer in text.layers:
