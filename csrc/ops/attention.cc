@@ -22,6 +22,8 @@ constexpr int64_t kTileRows = 48;
 constexpr int64_t kDirectRows = 16;
 // Most floats of partial results, where tiles could be shared instead of chunks.
 constexpr int64_t kMaxSplitFloats = 8 << 20;
+// Rows of 512 floats would all fall into the same sets of the first-level cache.
+constexpr int64_t kPadding = 16;
 // Rows of one kernel call on a widened block: the shape that fills the registers best.
 constexpr int kWideRows = 6;
 
@@ -96,6 +98,8 @@ struct BlockView {
   const uint8_t* values;
   const float* key_scales;
   const float* value_scales;
+  int64_t key_stride;  // elements from row to row
+  int64_t value_stride;
 };
 
 class Attender {
@@ -106,7 +110,7 @@ class Attender {
     group_ = heads / kv.layout.num_heads;
     GL_CHECK(group_ * kv.layout.num_heads * head_dim_ == q.cols);
     value_dims_ = kv.layout.derived ? head_dim_ - 2 * kv.layout.pairs : 0;
-    stride_ = value_dims_ + kv.layout.key_dims();
+    stride_ = value_dims_ + kv.layout.key_dims() + kPadding;
     line_rows_ = q.rows * group_;
     tiles_per_head_ = (line_rows_ + kTileRows - 1) / kTileRows;
     first_ = ranges[0].begin;
@@ -176,8 +180,13 @@ Tile Attender::MakeTile(int64_t index, float* q) const {
 BlockView Attender::Stored(int64_t block, int64_t kv_head) const {
   const KvBlockLayout& layout = kv_.layout;
   const uint8_t* data = kv_.blocks[static_cast<size_t>(block - kv_.first_block)];
-  BlockView view = {layout.dtype, data + layout.keys(kv_head), data + layout.values(kv_head),
-                    nullptr, nullptr};
+  BlockView view = {layout.dtype,
+                    data + layout.keys(kv_head),
+                    data + layout.values(kv_head),
+                    nullptr,
+                    nullptr,
+                    layout.key_dims(),
+                    head_dim_};
   if (layout.scaled()) {
     view.key_scales = reinterpret_cast<const float*>(data + layout.key_scales(kv_head));
     view.value_scales = reinterpret_cast<const float*>(data + layout.value_scales(kv_head));
@@ -186,13 +195,20 @@ BlockView Attender::Stored(int64_t block, int64_t kv_head) const {
 }
 
 BlockView Attender::Widened(const BlockView& stored, float* wide) const {
-  const int64_t key_floats = kKvBlock * kv_.layout.key_dims();
-  WidenKv(wide, stored.keys, stored.dtype, key_floats);
-  WidenKv(wide + key_floats, stored.values, stored.dtype, kKvBlock * head_dim_);
+  const KvBlockLayout& layout = kv_.layout;
   BlockView view = stored;
   view.dtype = DType::kFloat32;
+  view.key_stride = layout.key_dims() + kPadding;
+  view.value_stride = head_dim_ + kPadding;
+  float* wide_values = wide + kKvBlock * view.key_stride;
+  for (int64_t at = 0; at < kKvBlock; ++at) {
+    WidenKv(wide + at * view.key_stride, stored.keys + at * layout.key_bytes(), stored.dtype,
+            layout.key_dims());
+    WidenKv(wide_values + at * view.value_stride, stored.values + at * layout.value_bytes(),
+            stored.dtype, head_dim_);
+  }
   view.keys = reinterpret_cast<const uint8_t*>(wide);
-  view.values = reinterpret_cast<const uint8_t*>(wide + key_floats);
+  view.values = reinterpret_cast<const uint8_t*>(wide_values);
   return view;
 }
 
@@ -216,20 +232,22 @@ void Attender::AddBlock(const Tile& tile, int64_t block, const BlockView& view, 
   const int64_t element =
       view.dtype == DType::kInt8 ? 1 : static_cast<int64_t>(DTypeSize(view.dtype));
   const int64_t key_dims = kv_.layout.key_dims();
-  const uint8_t* keys = view.keys + begin * key_dims * element;
-  const uint8_t* values = view.values + begin * head_dim_ * element;
+  const uint8_t* keys = view.keys + begin * view.key_stride * element;
+  const uint8_t* values = view.values + begin * view.value_stride * element;
   const float* q = tile.q + first * tile.stride;
 
   alignas(64) float scores[kMaxKernelRows * kKvBlock];
   alignas(64) float unrotated[kMaxKernelRows * kKvBlock];
   const MatmulKernel matmul = ScoreKernel(view.dtype);
   if (key_dims > 0) {
-    matmul(scores, kKvBlock, q + value_dims_, tile.stride, keys, key_dims, rows, count, key_dims);
+    matmul(scores, kKvBlock, q + value_dims_, tile.stride, keys, view.key_stride, rows, count,
+           key_dims);
   } else {
     std::fill_n(scores, rows * kKvBlock, 0.0f);
   }
   if (value_dims_ > 0) {
-    matmul(unrotated, kKvBlock, q, tile.stride, values, head_dim_, rows, count, value_dims_);
+    matmul(unrotated, kKvBlock, q, tile.stride, values, view.value_stride, rows, count,
+           value_dims_);
   }
   for (int i = 0; i < rows; ++i) {
     const int64_t r = first + i;
@@ -257,7 +275,7 @@ void Attender::AddBlock(const Tile& tile, int64_t block, const BlockView& view, 
     if (shrink != 1.0f) Kernels().scale(z, z, shrink, head_dim_);
   }
   ValueKernel(view.dtype)(part.z + first * head_dim_, head_dim_, scores, kKvBlock, values,
-                          head_dim_, rows, count, head_dim_);
+                          view.value_stride, rows, count, head_dim_);
 }
 
 // The softmax of every row of the tile over the positions of one chunk. wide: room for a block of
@@ -298,8 +316,8 @@ void Attender::RunTile(int64_t index) const {
   thread_local Buffer buffer;
   const int64_t partial = Partial::Floats(kTileRows, head_dim_);
   const int64_t q_floats = kTileRows * stride_;
-  float* memory =
-      buffer.Floats(q_floats + 2 * partial + kKvBlock * (kv_.layout.key_dims() + head_dim_));
+  float* memory = buffer.Floats(q_floats + 2 * partial +
+                                kKvBlock * (kv_.layout.key_dims() + head_dim_ + 2 * kPadding));
   const Tile tile = MakeTile(index, memory);
   const Partial total = Partial::At(memory + q_floats, kTileRows, head_dim_);
   const Partial part = Partial::At(memory + q_floats + partial, kTileRows, head_dim_);
@@ -327,7 +345,8 @@ void Attender::RunSplit() const {
   ThreadPool::Get().ParallelFor(tiles() * chunks, [&](int64_t task, int) {
     thread_local Buffer scratch;
     const int64_t q_floats = kTileRows * stride_;
-    float* own = scratch.Floats(q_floats + kKvBlock * (kv_.layout.key_dims() + head_dim_));
+    float* own =
+        scratch.Floats(q_floats + kKvBlock * (kv_.layout.key_dims() + head_dim_ + 2 * kPadding));
     const Tile tile = MakeTile(task / chunks, own);
     AttendChunk(tile, first_chunk + task % chunks, part_of(task / chunks, task % chunks),
                 own + q_floats);
