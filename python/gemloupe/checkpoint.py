@@ -101,7 +101,9 @@ class Checkpoint:
         if self.provenance is not None:
             return self.provenance.dtype
         sizes: dict[str, int] = {}
-        for tensor in self.text_tensors.values():
+        for name, tensor in self.text_tensors.items():
+            if name == recipe.TABLE:  # Larger than all else, and hardly read.
+                continue
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
         return max(sizes, key=lambda name: sizes[name])
 

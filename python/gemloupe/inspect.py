@@ -128,7 +128,9 @@ class Report:
 
     def _weights(self) -> str:
         """The dtype of each kind of tensor, where a checkpoint is quantised."""
-        if self.checkpoint is None or self.checkpoint.dtype in recipe.PLAIN:
+        if self.checkpoint is None:
+            return ""
+        if all(t.dtype in recipe.PLAIN for t in self.checkpoint.text_tensors.values()):
             return ""
         kinds: dict[tuple[str, str], list[int]] = {}
         for name, tensor in self.checkpoint.text_tensors.items():
