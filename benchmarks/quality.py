@@ -178,16 +178,14 @@ class Copies:
         return target
 
 
-def q4_0_names(source: str) -> set[str]:
-    """The matrices that the int4 recipe holds in 4 bits."""
+def q4_0_names(source: str) -> tuple[set[str], int]:
+    """The matrices that the int4 recipe holds in 4 bits and Q4_0 can hold, and how many the first
+    are alone."""
     checkpoint = open_checkpoint(source)
     tensors = {name: ("float32", t.shape) for name, t in checkpoint.text_tensors.items()}
     targets = recipe.targets("int4", tensors)
-    return {
-        name
-        for name, target in targets.items()
-        if target == "int4" and tensors[name][1][-1] % 32 == 0
-    }
+    chosen = [name for name, target in targets.items() if target == "int4"]
+    return {name for name in chosen if tensors[name][1][-1] % 32 == 0}, len(chosen)
 
 
 def check_lattice(copy: Path, names: set[str], embed_scale: str) -> None:
@@ -259,7 +257,7 @@ def measure_ablations(
     """Fills heads and single_experts: the loss that taking each away costs, by setting."""
     model = gl.load(source, **REFERENCE)
     heads, experts = ablations(model, arguments.ablations, arguments.seed)
-    rounded = q4_0_names(source)
+    rounded, _ = q4_0_names(source)
 
     def load(folder: Path, setting: str) -> Model:
         options = REFERENCE if setting == "float32" else SETTINGS[setting]
@@ -281,15 +279,17 @@ def measure_ablations(
     for number, (kind, change) in enumerate(changes):
         progress(f"{source}: ablation {number} of {len(changes) - 1}")
         plain = copies.write(f"ablated-{number}", change)
-        q4_0 = copies.write(f"ablated-q4_0-{number}", round_too(change))
+        q4_0 = plain
+        if any("q4_0" in setting for setting in settings):
+            q4_0 = copies.write(f"ablated-q4_0-{number}", round_too(change))
         for setting in settings:
             loss = mean_loss(load(q4_0 if "q4_0" in setting else plain, setting), texts)
             if kind:
                 getattr(results[setting], kind).append(loss - whole[setting])
             else:
                 whole[setting] = loss
-        shutil.rmtree(plain)
-        shutil.rmtree(q4_0)
+        for folder in {plain, q4_0}:
+            shutil.rmtree(folder)
     return {"heads": heads, "experts": experts}
 
 
@@ -312,8 +312,14 @@ def evaluate(source: str, arguments: argparse.Namespace) -> dict[str, Any]:
         if not copies.fits:
             notes.append("Q4_0 and ablations were left out: a float32 copy would exceed 4 GiB")
             settings = [name for name in settings if "q4_0" not in name]
-        elif any("q4_0" in name for name in settings):
-            names = q4_0_names(source)
+        names, all_of_int4 = q4_0_names(source)
+        if len(names) < all_of_int4:
+            notes.append(
+                "Q4_0 was left out: it needs rows of whole groups of 32, and "
+                f"{all_of_int4 - len(names)} of {all_of_int4} int4 matrices have others"
+            )
+            settings = [name for name in settings if "q4_0" not in name]
+        if any("q4_0" in name for name in settings):
             rounded = copies.write("q4_0", lambda n, v: measures.round_q4_0(v) if n in names else v)
             check_lattice(rounded, names, scale)
         results = {"float32": Figures()} | {name: Figures() for name in settings}
@@ -488,7 +494,8 @@ def report_text(report: dict[str, Any]) -> str:
             f"### {report['source']}: quality by dtype",
             "",
             f"- {report['texts']} texts ({report['text']}), {report['tokens']} tokens, of "
-            f"which {report['scored']} predictions are scored; embed_scale {report['embed_scale']}; {report['cpu']}, ISA {report['isa']}, gemloupe "
+            f"which {report['scored']} predictions are scored; embed_scale "
+            f"{report['embed_scale']}; {report['cpu']}, ISA {report['isa']}, gemloupe "
             f"{report['gemloupe']} at commit {report['commit'] or '-'}, {report['date']}",
             *([f"- ablated one at a time: {sampled}"] if sampled else []),
             *(f"- {note}" for note in report["notes"]),

@@ -7,13 +7,14 @@ the engine only. Commands, each an object with "op":
     context   options of the engine's context: see LlamaCpp.
     prefill   ids. Forgets everything before, reads them in one go, and answers seconds.
     decode    ids. Feeds them one by one after what is in the cache; answers seconds of each.
-    memory    answers VmHWM and RssAnon in bytes.
+    memory    answers VmHWM, RssAnon, … in bytes.
 An operation that fails answers {"error": text}. The process ends with its input.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -35,11 +36,25 @@ class Engine(Protocol):
 
 
 class Gemloupe:
-    """Options: dtype, kv_dtype, activations, residency, invariant as in gemloupe.load."""
+    """Options: dtype, kv_dtype, activations, residency, invariant, … as in gemloupe.load.
 
-    def __init__(self, path: str, threads: int, **options: Any) -> None:
+    huge_pages=False takes 2 MiB pages from the whole process; all_rows=True runs the layers that
+    only the last row of a prompt needs on all rows, as a capture of the last layer asks for.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        threads: int,
+        huge_pages: bool = True,
+        all_rows: bool = False,
+        **options: Any,
+    ) -> None:
+        if not huge_pages:
+            disable_huge_pages()
         import gemloupe
 
+        self._all_rows = all_rows
         begin = time.perf_counter()
         self._model = gemloupe.load(path, threads=threads, **options)
         self.load_seconds = time.perf_counter() - begin
@@ -62,6 +77,11 @@ class Gemloupe:
         """Options of Model.new_cache, for every later prompt."""
         self._cache_options = options
 
+    def _hook_points(self) -> dict[str, Any]:
+        from gemloupe import hooks
+
+        return hooks.hook_points(self._model.config.text)
+
     def prefill(self, ids: list[int]) -> float:
         self._cache = self._model.new_cache(**self._cache_options)
         return self._pass(ids)
@@ -73,8 +93,14 @@ class Gemloupe:
         from gemloupe import _core
 
         last, chunk = len(ids) - 1, _core.DEFAULT_CHUNK
+        capture = []
+        if self._all_rows:
+            points = self._hook_points()
+            layer = self._model.config.text.num_hidden_layers - 1
+            point = points[f"layers.{layer}.resid_post"]
+            capture = [(point.index, point.layer)]
         begin = time.perf_counter()
-        self._model.core.run(ids, self._cache.core, last, last + 1, [], None, chunk)
+        self._model.core.run(ids, self._cache.core, last, last + 1, capture, None, chunk)
         return time.perf_counter() - begin
 
 
@@ -210,14 +236,30 @@ class Transformers:
 ENGINES = {"gemloupe": Gemloupe, "llama.cpp": LlamaCpp, "transformers": Transformers}
 
 
+def disable_huge_pages() -> None:
+    """For this process, mapped files included; OSError where the kernel refuses."""
+    pr_set_thp_disable = 41
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(pr_set_thp_disable, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_THP_DISABLE)")
+
+
 def memory() -> dict[str, int]:
-    """Bytes of this process: VmHWM (peak RSS), RssAnon (its own) and RssFile (mapped files)."""
+    """Bytes of this process: VmHWM (peak RSS), RssAnon (its own) and RssFile (mapped files); Rss
+    now, and how much of it lies in 2 MiB pages."""
     found = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name in ("VmHWM", "RssAnon", "RssFile"):
             found[name] = int(value.split()[0]) * 1024
-    return found
+    huge = 0
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        name, _, value = line.partition(":")
+        if name in ("AnonHugePages", "FilePmdMapped", "ShmemPmdMapped"):
+            huge += int(value.split()[0]) * 1024
+        elif name == "Rss":
+            found["Rss"] = int(value.split()[0]) * 1024
+    return {**found, "huge_pages": huge}
 
 
 class Server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,11 @@ FIRST_ID = 300  # Below are control tokens.
 class Worker:
     """One engine's process. RuntimeError, naming the engine, for whatever fails in it."""
 
-    def __init__(self, name: str, python: str, load: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, python: str, load: dict[str, Any], env: dict[str, str] | None = None
+    ) -> None:
         self.name = name
+        self._env = env
         self._python = python
         self._load = load
         self._process: subprocess.Popen[str] | None = None
@@ -39,6 +43,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, **(self._env or {})},
         )
         self.about = self.ask("load", **self._load)
         return float(self.about.pop("seconds"))
