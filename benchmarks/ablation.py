@@ -23,7 +23,6 @@ from workers import Worker, cell, in_turns, markdown, progress, random_ids
 from gemloupe import _core, bench
 from gemloupe.checkpoint import open_checkpoint
 
-
 _PLAIN = ("float32", "bfloat16", "float16")
 _ISAS = ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"]
 
