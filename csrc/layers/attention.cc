@@ -38,7 +38,8 @@ std::shared_ptr<const std::vector<float>> AttentionLayer::key_weight() const {
 
 Status AttentionLayer::Forward(ConstMatrix x, const PassContext& ctx, Matrix out) const {
   const Arena::Scope scope(*ctx.arena);
-  const int64_t kv_cols = spec_.shares_kv ? 0 : spec_.num_kv_heads * spec_.head_dim;
+  const bool stores = !spec_.shares_kv && !ctx.kv_stored;
+  const int64_t kv_cols = stores ? spec_.num_kv_heads * spec_.head_dim : 0;
   const Matrix q = ctx.arena->NewMatrix(x.rows, spec_.num_heads * spec_.head_dim);
   const Matrix k = ctx.arena->NewMatrix(x.rows, kv_cols);
   const Matrix v = ctx.arena->NewMatrix(x.rows, kv_cols);
@@ -49,7 +50,7 @@ Status AttentionLayer::Forward(ConstMatrix x, const PassContext& ctx, Matrix out
   ctx.Visit(HookPoint::kAttnQ, q);
   ApplyRope(ctx.angles[static_cast<size_t>(spec_.rope_index)], spec_.head_dim, q);
   ctx.Visit(HookPoint::kAttnRotQ, q);
-  if (!spec_.shares_kv) StoreKeysAndValues(k, v, ctx);
+  if (stores) StoreKeysAndValues(k, v, ctx);
 
   Attend(q, ctx, z);
   ctx.Visit(HookPoint::kAttnZ, z);
@@ -58,19 +59,27 @@ Status AttentionLayer::Forward(ConstMatrix x, const PassContext& ctx, Matrix out
   return absl::OkStatus();
 }
 
+Status AttentionLayer::Store(ConstMatrix x, const PassContext& ctx) const {
+  GL_CHECK(!spec_.shares_kv);
+  const Arena::Scope scope(*ctx.arena);
+  const int64_t kv_cols = spec_.num_kv_heads * spec_.head_dim;
+  const Matrix k = ctx.arena->NewMatrix(x.rows, kv_cols);
+  const Matrix v = ctx.arena->NewMatrix(x.rows, kv_cols);
+  GL_RETURN_IF_ERROR(Project(x, ctx, Matrix(nullptr, x.rows, 0), k, v));
+  StoreKeysAndValues(k, v, ctx);
+  return absl::OkStatus();
+}
+
 Status AttentionLayer::Project(ConstMatrix x, const PassContext& ctx, Matrix q, Matrix k,
                                Matrix v) const {
-  if (spec_.shares_kv) {
-    GL_RETURN_IF_ERROR(Linear(x, {{&weights_.q_proj, q}}, ctx.path, *ctx.arena));
-  } else if (spec_.values_are_keys) {
-    GL_RETURN_IF_ERROR(Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}}, ctx.path, *ctx.arena));
-    CopyRows(k, v);
-  } else {
-    GL_RETURN_IF_ERROR(
-        Linear(x, {{&weights_.q_proj, q}, {&weights_.k_proj, k}, {&weights_.v_proj, v}}, ctx.path, *ctx.arena));
-  }
-  ctx.Visit(HookPoint::kAttnQProj, q);
-  if (!spec_.shares_kv) {
+  std::vector<LinearJob> jobs;
+  if (q.cols > 0) jobs.push_back({&weights_.q_proj, q});
+  if (k.cols > 0) jobs.push_back({&weights_.k_proj, k});
+  if (v.cols > 0 && !spec_.values_are_keys) jobs.push_back({&weights_.v_proj, v});
+  GL_RETURN_IF_ERROR(Linear(x, jobs, ctx.path, *ctx.arena));
+  if (v.cols > 0 && spec_.values_are_keys) CopyRows(k, v);
+  if (q.cols > 0) ctx.Visit(HookPoint::kAttnQProj, q);
+  if (k.cols > 0) {
     ctx.Visit(HookPoint::kAttnKProj, k);
     ctx.Visit(HookPoint::kAttnVProj, v);  // the raw keys where values are keys
   }

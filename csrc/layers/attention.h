@@ -27,11 +27,15 @@ class AttentionLayer {
 
   // out [T, D] = o_proj(z) for x [T, D], the output of the layer's input norm.
   Status Forward(ConstMatrix x, const PassContext& ctx, Matrix out) const;
+  // Only stores the keys and values of these rows: the rest is done for the rows that go on, by
+  // Forward with ctx.kv_stored.
+  Status Store(ConstMatrix x, const PassContext& ctx) const;
 
   // Weight [H] of the key norm where values are keys, else null: caches derive keys with it.
   std::shared_ptr<const std::vector<float>> key_weight() const;
 
  private:
+  // q without columns: only keys and values; k without columns: only queries.
   Status Project(ConstMatrix x, const PassContext& ctx, Matrix q, Matrix k, Matrix v) const;
   void StoreKeysAndValues(Matrix k, Matrix v, const PassContext& ctx) const;
   void Attend(ConstMatrix q, const PassContext& ctx, Matrix z) const;

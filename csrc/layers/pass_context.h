@@ -20,6 +20,7 @@ struct PassContext {
   std::vector<RopeAngles> angles;
   Captures* captures = nullptr;  // null: nothing is captured
   int layer = -1;                // the running layer; −1 outside the layers
+  bool kv_stored = false;        // the running layer's keys and values are in the caches already
 
   int64_t rows() const { return batch->rows(); }
 

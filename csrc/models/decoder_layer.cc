@@ -150,6 +150,13 @@ Status DecoderLayer::Forward(Matrix resid, ConstMatrix per_layer_input,
   return absl::OkStatus();
 }
 
+Status DecoderLayer::StoreKeysAndValues(ConstMatrix resid, const PassContext& ctx) const {
+  const Arena::Scope scope(*ctx.arena);
+  const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);
+  input_norm_.Forward(resid, x);
+  return attention_->Store(x, ctx);
+}
+
 Status DecoderLayer::Attend(Matrix resid, const PassContext& ctx) const {
   const Arena::Scope scope(*ctx.arena);
   const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);

@@ -28,6 +28,9 @@ class DecoderLayer {
   // Replaces resid [T, D]. per_layer_input [T, P] (no columns in models that have none).
   Status Forward(Matrix resid, ConstMatrix per_layer_input, const PassContext& ctx) const;
 
+  // Only stores the keys and values of rows that go no further than this layer.
+  Status StoreKeysAndValues(ConstMatrix resid, const PassContext& ctx) const;
+
   // Weight [H] of the key norm where values are keys, else null.
   std::shared_ptr<const std::vector<float>> key_weight() const { return attention_->key_weight(); }
 

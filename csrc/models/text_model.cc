@@ -138,17 +138,20 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
   const bool wants_head = !request.logits_rows.empty() || last_captured == num_layers;
   // Without logits the pass ends after the last layer that stores keys or shows something.
   const int end = wants_head ? num_layers : std::max(first_sharing_layer_, last_captured + 1);
-  // Layers that only read other layers' keys and values need the rows whose logits are wanted, and
-  // when these are the last of their sequences, the other rows stop here.
+  // From the last layer that stores keys and values on, only the rows whose logits are wanted are
+  // needed: when these are the last of their sequences, the other rows only leave their keys and
+  // values in that layer.
+  const int last_storing = first_sharing_layer_ - 1;
   const Batch last_rows = request.batch.LastRows();
   const bool only_last =
-      last_captured < first_sharing_layer_ && first_sharing_layer_ < end &&
-      request.logits_rows.size() == last_rows.segments.size() &&
-      std::equal(request.logits_rows.begin(), request.logits_rows.end(),
-                 request.batch.segments.begin(), [](int64_t row, const Segment& segment) {
-                   return row == segment.row + segment.rows - 1;
-                 });
-  const int switch_layer = only_last ? first_sharing_layer_ : end;
+      last_captured < last_storing && last_rows.rows() < request.batch.rows() &&
+      (!wants_head ||
+       (request.logits_rows.size() == last_rows.segments.size() &&
+        std::equal(request.logits_rows.begin(), request.logits_rows.end(),
+                   request.batch.segments.begin(), [](int64_t row, const Segment& segment) {
+                     return row == segment.row + segment.rows - 1;
+                   })));
+  const int switch_layer = only_last ? last_storing : end;
 
   SetBatch(request.batch, ctx);
   Matrix resid = arena_.NewMatrix(ctx.rows(), config_.hidden_size);
@@ -159,7 +162,7 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
     GL_ASSIGN_OR_RETURN(per_layer_inputs, PerLayerInputs(resid, 0, switch_layer, ctx));
     if (switch_layer == num_layers) ctx.Visit(HookPoint::kPerLayerInputs, per_layer_inputs);
   }
-  const bool reduces = switch_layer < end;
+  const bool reduces = switch_layer < end && wants_head;
   Matrix kept_embed = arena_.NewMatrix(reduces ? last_rows.rows() : 0, resid.cols);
   for (int64_t i = 0; i < kept_embed.rows; ++i) {
     const int64_t row = request.logits_rows[static_cast<size_t>(i)];
@@ -169,7 +172,11 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
   int first_input_layer = 0;
   for (int i = 0; i < end; ++i) {
     if (request.stopped && request.stopped()) return absl::CancelledError("interrupted");
+    ctx.layer = i;
+    ctx.kv_stored = i == switch_layer;
     if (i == switch_layer) {
+      GL_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].StoreKeysAndValues(resid, ctx));
+      if (!wants_head) break;
       const Matrix kept = arena_.NewMatrix(last_rows.rows(), resid.cols);
       for (size_t row = 0; row < logits_rows.size(); ++row) {
         const auto at = static_cast<int64_t>(row);
@@ -183,13 +190,13 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
         first_input_layer = i;
       }
     }
-    ctx.layer = i;
     const int64_t width = config_.hidden_size_per_layer_input;
     const ConstMatrix input(per_layer_inputs.data + (i - first_input_layer) * width,
                             per_layer_inputs.rows, width, per_layer_inputs.stride);
     GL_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].Forward(resid, input, ctx));
   }
   ctx.layer = -1;
+  ctx.kv_stored = false;
   if (!wants_head) {
     logits.clear();
     return absl::OkStatus();
