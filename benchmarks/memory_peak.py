@@ -1,7 +1,7 @@
 """Peak memory of a process that is given ids, beside what gemloupe.estimate said before.
 
     python benchmarks/memory_peak.py E2B=FOLDER 31B=FOLDER [--context 4096] [--json FILE]
-    python benchmarks/memory_peak.py E2B E4B --folder DIR       # makes packed files of random weights
+    python benchmarks/memory_peak.py E2B E4B --folder DIR       # makes random packed files
 
 The process loads the model, reads a prompt that fills the context but for 8 tokens in chunks of
 512, and decodes these. Peak is VmHWM: Python, mapped pages of the file and the KV cache are in it.
