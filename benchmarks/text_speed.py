@@ -22,9 +22,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemloupe import __version__, _core
+from gemloupe import __version__, _core, bench, recipe
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
-from gemloupe.sizes import KV_BYTES, bytes_per_decoded_token, count_parameters
+from gemloupe.sizes import (
+    KV_BYTES,
+    bytes_per_decoded_token,
+    count_parameters,
+    weight_targets,
+)
 
 HERE = Path(__file__).resolve().parent
 SPARE_BYTES = 2 << 30
@@ -43,16 +48,10 @@ class Line:
     def name(self) -> str:
         return " ".join(part for part in (self.engine, self.dtype, self.attention) if part)
 
-    def weight_bits(self, stored: str) -> int:
-        """Bits that one weight takes in memory, where the engine reads it for every token."""
-        if self.engine == "gemloupe":  # float32 reads narrower files as they are stored.
-            return 16 if self.dtype == "bfloat16" or stored != "float32" else 32
-        return 32 if self.dtype == "float32" else 16
-
-    def kv_bytes(self) -> int:
+    def kv_dtype(self) -> str:
         if self.engine == "gemloupe":
-            return KV_BYTES["float32" if self.dtype == "float32" else "float16"]
-        return KV_BYTES[self.dtype]
+            return "float32" if self.dtype == "float32" else "float16"
+        return self.dtype
 
     def values(self, measure: Callable[[dict[str, Any]], float]) -> list[float]:
         return [measure(result) for result in self.rounds]
@@ -67,13 +66,18 @@ class Line:
 
 def bytes_per_token(line: Line, checkpoint: Checkpoint, prompt: int, new: int) -> float:
     """Returns bytes read for one token, halfway through the decoding: weights, keys and values."""
-    return bytes_per_decoded_token(
-        count_parameters(checkpoint),
-        checkpoint.config.text,
-        prompt + new // 2,
-        line.weight_bits(checkpoint.dtype),
-        line.kv_bytes(),
-    )
+    text, context = checkpoint.config.text, prompt + new // 2
+    if line.engine == "gemloupe":
+        targets = weight_targets(checkpoint, line.dtype)
+        tensors = [
+            (name, t.shape, recipe.nbytes(targets.get(name, "float32"), t.shape))
+            for name, t in checkpoint.text_tensors.items()
+        ]
+        weights = bench.weight_bytes_per_pass(text, tensors)
+        return weights + bench.kv_bytes_read(text, context, line.kv_dtype())
+    element = KV_BYTES[line.kv_dtype()]
+    parameters = count_parameters(checkpoint)
+    return bytes_per_decoded_token(parameters, text, context, 8 * element, element)
 
 
 def run_worker(spec: dict[str, Any]) -> dict[str, Any]:
@@ -142,17 +146,6 @@ def fits(line: Line, checkpoint: Checkpoint) -> str:
         f"{line.name} was left out: its weights would take {weights / 1e9:.1f} GB{beside}, and "
         f"{available / 1e9:.1f} GB are free"
     )
-
-
-def commit() -> str:
-    """Returns the checkout's commit, with a mark if tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(HERE), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../csrc", "../python")
-    return f"{git('rev-parse', '--short', 'HEAD') or 'unknown'}{' with changes' if changed else ''}"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -286,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     checkpoint = open_checkpoint(arguments.checkpoint)
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    load_average, at_commit = os.getloadavg(), commit()
+    load_average, at_commit = os.getloadavg(), bench.commit() or "unknown"
     seconds = warm(checkpoint)
     notes = [f"the files were in the page cache: a second read took {seconds:.1f} s"]
     lines = choose_lines(arguments)
