@@ -139,9 +139,9 @@ def choose_peers(
     return [lines[index] for index in sorted(best)]
 
 
-def token_bytes(path: str, arguments: argparse.Namespace) -> float:
+def token_bytes(line: Line, arguments: argparse.Namespace) -> float:
     """Bytes that a decoded token reads of a file as it is stored, halfway through."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(line.path)
     text = checkpoint.config.text
     targets = sizes.weight_targets(checkpoint, "auto")
     tensors = [
@@ -150,7 +150,7 @@ def token_bytes(path: str, arguments: argparse.Namespace) -> float:
     ]
     context = arguments.prompt + arguments.new // 2
     weights = bench.weight_bytes_per_pass(text, tensors)
-    return weights + bench.kv_bytes_read(text, context, "float16")
+    return weights + bench.kv_bytes_read(text, context, "float16", separate_keys=line.is_peer)
 
 
 def measure(
@@ -269,7 +269,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for worker in workers.values():
         worker.close()
     for line in lines:
-        line.bytes_per_token = token_bytes(line.path, arguments)
+        line.bytes_per_token = token_bytes(line, arguments)
     if not keep:
         notes.append("engines were loaded anew in each round: together they do not fit in memory")
     active = sizes.count_parameters(open_checkpoint(gguf)).active

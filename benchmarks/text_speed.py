@@ -24,12 +24,7 @@ from typing import Any
 
 from gemloupe import __version__, _core, bench, recipe
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
-from gemloupe.sizes import (
-    KV_BYTES,
-    bytes_per_decoded_token,
-    count_parameters,
-    weight_targets,
-)
+from gemloupe.sizes import KV_BYTES, count_parameters, weight_targets
 
 HERE = Path(__file__).resolve().parent
 SPARE_BYTES = 2 << 30
@@ -75,9 +70,8 @@ def bytes_per_token(line: Line, checkpoint: Checkpoint, prompt: int, new: int) -
         ]
         weights = bench.weight_bytes_per_pass(text, tensors)
         return weights + bench.kv_bytes_read(text, context, line.kv_dtype())
-    element = KV_BYTES[line.kv_dtype()]
-    parameters = count_parameters(checkpoint)
-    return bytes_per_decoded_token(parameters, text, context, 8 * element, element)
+    weights = count_parameters(checkpoint).active * KV_BYTES[line.dtype]
+    return weights + bench.kv_bytes_read(text, context, line.kv_dtype(), separate_keys=True)
 
 
 def run_worker(spec: dict[str, Any]) -> dict[str, Any]:

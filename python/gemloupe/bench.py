@@ -104,6 +104,12 @@ class Runner:
 
         ValueError or MemoryError where the context is longer than the model's, or does not fit.
         """
+        limit = self.model.config.text.max_position_embeddings
+        if case.depth + case.tokens + 1 > limit:
+            raise ValueError(
+                f"{case.name} needs a context of {case.depth + case.tokens + 1} tokens; expected "
+                f"at most {limit}, the model's max_position_embeddings"
+            )
         base = self._cache(case.depth)
         session = _core.Session(self.model.core, self._chunk)
         for _ in range(case.batch):
@@ -184,12 +190,17 @@ def weight_bytes_per_pass(
     return total
 
 
-def kv_bytes_read(text: TextConfig, context: int, kv_dtype: str) -> int:
-    """Bytes of keys and values that one token reads after `context` tokens, in all layers."""
+def kv_bytes_read(
+    text: TextConfig, context: int, kv_dtype: str, *, separate_keys: bool = False
+) -> int:
+    """Bytes of keys and values that one token reads after `context` tokens, in all layers.
+
+    Where values are keys only the rotated dims of keys are stored, but with `separate_keys`.
+    """
     total = 0
     for layer in text.layers:
         keys = layer.head_dim
-        if text.layers[layer.kv_source].values_are_keys:
+        if text.layers[layer.kv_source].values_are_keys and not separate_keys:
             keys = min(2 * layer.rotary_pairs, layer.head_dim)
         row = (layer.head_dim + keys) * sizes.KV_BYTES[kv_dtype] + 8 * (kv_dtype == "int8")
         total += min(context, layer.window or context) * layer.num_kv_heads * row
