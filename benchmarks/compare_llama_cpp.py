@@ -162,7 +162,7 @@ def measure(
         line.versions = worker.about.get("versions", {})
         # The first passes map pages, choose kernels and compile oneDNN's.
         prepare(line, worker, arguments, "prefill")
-        worker.prefill(random_ids(arguments.prompt, vocab, [arguments.seed, 1]))
+        worker.prefill(random_ids(arguments.warm, vocab, [arguments.seed, 1]))
         worker.decode(random_ids(2, vocab, [arguments.seed, 2]))
     ids = random_ids(arguments.prompt, vocab, [arguments.seed, 3, number])
     prepare(line, worker, arguments, "prefill")
@@ -401,6 +401,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--prompt", type=int, metavar="N", help="default: 512, 128 of 31B")
     parser.add_argument("--try-prompt", type=int, metavar="N", help="of llama.cpp's tries")
+    parser.add_argument("--warm", type=int, metavar="N", help="tokens before the first round")
     parser.add_argument("--new", type=int, metavar="N", help="default: 64, 12 of 31B")
     parser.add_argument("--threads", type=int, default=_core.available_cpus(), metavar="N")
     parser.add_argument("--native-bench", type=Path, metavar="FILE", help="gemloupe_quant_bench")
@@ -411,6 +412,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.prompt = arguments.prompt or (128 if large else 512)
     arguments.new = arguments.new or (12 if large else 64)
     arguments.try_prompt = arguments.try_prompt or (32 if large else TRY_PROMPT)
+    arguments.warm = arguments.warm or (16 if large else arguments.prompt)
     if min(arguments.rounds, arguments.threads, arguments.new) < 1 or arguments.prompt < 2:
         parser.error("--rounds, --threads and --new are at least 1, --prompt at least 2")
     return arguments

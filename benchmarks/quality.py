@@ -561,7 +561,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=200, metavar="N", help="how many")
     parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each")
     parser.add_argument("--ablations", type=int, default=24, metavar="N", help="of each kind")
-    parser.add_argument("--ablation-texts", type=int, default=24, metavar="N")
+    parser.add_argument("--ablation-texts", type=int, default=40, metavar="N")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--embed-scale", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--folder", help="where copies are written for a while")

@@ -143,7 +143,8 @@ def speed(arguments: argparse.Namespace, checkpoint: Checkpoint, folder: Path) -
     threads = arguments.threads
     source = checkpoint.source if checkpoint.is_gguf else str(checkpoint.folder)
     options = compare.parse(["E2B", "--threads", str(threads), "--seed", str(arguments.seed)])
-    options.prompt, options.new = arguments.prompt, arguments.new
+    options.prompt = options.warm = arguments.prompt
+    options.new = arguments.new
     options.try_prompt = min(arguments.prompt, compare.TRY_PROMPT)
     options.llama_python = arguments.llama_python
     vocab = checkpoint.config.text.vocab_size

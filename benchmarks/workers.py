@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ class Worker:
         self._python = python
         self._load = load
         self._process: subprocess.Popen[str] | None = None
+        self._errors: IO[bytes] | None = None
         self.about: dict[str, Any] = {}
 
     @property
@@ -37,11 +39,12 @@ class Worker:
 
     def load(self) -> float:
         """Starts the process and loads the model; returns the seconds of loading."""
+        self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [self._python, str(HERE / "serve_engine.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             env={**os.environ, **(self._env or {})},
         )
@@ -60,11 +63,20 @@ class Worker:
         if not line:
             code = process.wait()
             self._process = None
-            raise RuntimeError(f"{self.name}: the process ended with {code} during {op}")
+            raise RuntimeError(
+                f"{self.name}: the process ended with {code} during {op}{self._last_words()}"
+            )
         result = json.loads(line)
         if "error" in result:
             raise RuntimeError(f"{self.name}: {op} failed: {result['error']}")
         return result
+
+    def _last_words(self) -> str:
+        assert self._errors is not None
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").split("\n")
+        found = [line.strip() for line in lines if line.strip()]
+        return f": {found[-1]}" if found else ""
 
     def prefill(self, ids: Sequence[int]) -> float:
         return float(self.ask("prefill", ids=list(ids))["seconds"])
