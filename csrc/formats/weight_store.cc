@@ -282,16 +282,29 @@ StatusOr<std::vector<float>> WeightStore::TakeFloats(std::string_view name, int6
   return values;
 }
 
+// Tensors lie side by side in large buffers: one of 2 MiB pages for each would waste a page a tensor. The
+// part of a buffer that no tensor fits in is never touched, so it is no memory.
+uint8_t* WeightStore::NewCopy(size_t bytes) {
+  constexpr size_t kBuffer = size_t{256} << 20;
+  const size_t needed = (bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
+  if (copies_.empty() || copies_.back().size() - copy_used_ < needed) {
+    copies_.emplace_back(std::max(kBuffer, needed));
+    copy_used_ = 0;
+  }
+  uint8_t* at = copies_.back().data() + copy_used_;
+  copy_used_ += needed;
+  return at;
+}
+
 StatusOr<TensorView> WeightStore::TakeCopy(Tensor& tensor) {
   const DType dtype = Resolve(tensor);
   TensorView view{nullptr, dtype, tensor.view.shape};
-  AlignedBuffer copy(view.byte_size());
+  uint8_t* copy = NewCopy(view.byte_size());
   GL_RETURN_IF_ERROR(ForParts(tensor, dtype, [&](const Part& part) {
-    return ConvertPart(tensor, part, dtype, copy.data() + part.offset);
+    return ConvertPart(tensor, part, dtype, copy + part.offset);
   }));
-  view.data = copy.data();
-  copied_bytes_ += copy.size();
-  copies_.push_back(std::move(copy));
+  view.data = copy;
+  copied_bytes_ += view.byte_size();
   tensor.view = view;
   tensor.target.reset();
   tensor.quantized.reset();

@@ -103,12 +103,14 @@ class WeightStore {
   bool MustCopy(const Tensor& tensor, bool resident);
   DType Resolve(Tensor& tensor);
   StatusOr<TensorView> TakeCopy(Tensor& tensor);
+  uint8_t* NewCopy(size_t bytes);
   Status ForParts(const Tensor& tensor, DType dtype, FunctionRef<Status(const Part&)> fn);
   Status ConvertPart(const Tensor& tensor, const Part& part, DType dtype, void* dst) const;
 
   absl::flat_hash_map<std::string, Tensor> tensors_;
   absl::flat_hash_map<std::string, std::shared_ptr<const MappedFile>> files_;
   std::vector<AlignedBuffer> copies_;
+  size_t copy_used_ = 0;  // bytes of copies_.back() that are taken
   bool resident_ = false;
   ProgressFn progress_;
   uint64_t bytes_to_convert_ = 0;

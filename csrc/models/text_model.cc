@@ -14,8 +14,9 @@
 namespace gemloupe {
 namespace {
 
-// Scratch that a model keeps between passes; a long prefill's own goes back to the system.
-constexpr size_t kKeptScratch = size_t{64} << 20;
+// Scratch that a model keeps between passes: what a chunk of the default size takes, so that the next
+// one finds its pages; a longer prefill's goes back to the system.
+constexpr size_t kKeptScratch = size_t{256} << 20;
 
 float SqrtScale(int64_t size, bool round_to_bfloat16) {
   const auto scale = static_cast<float>(std::sqrt(static_cast<double>(size)));

@@ -37,7 +37,6 @@ const char* EngineName(Engine engine) {
     case Engine::kOnednnBfloat16: return "oneDNN bfloat16";
     case Engine::kQuantized: return "quantised kernels, int8 activations";
     case Engine::kPanelsFloat32: return "unpacked panels, float32 activations";
-    case Engine::kPanelsBfloat16: return "unpacked panels, AMX bfloat16";
   }
   return "";
 }
@@ -170,15 +169,11 @@ bool IsTiled(int64_t width) {
   return QuantKernelsInUse().gemm_tiles && width == QuantKernelsInUse().gemm_rows;
 }
 
-// Rows `rows` of src (of width 1) in groups of dst.width.
-void GatherQuantized(const QuantizedRows& src, std::span<const int64_t> rows,
-                     const QuantizedRows& dst) {
-  const auto count = static_cast<int64_t>(rows.size());
+// Rows [begin, end) of dst become rows[begin … end) of src, which has width 1.
+void GatherQuantized(const QuantizedRows& src, std::span<const int64_t> rows, int64_t begin,
+                     int64_t end, const QuantizedRows& dst) {
   const int64_t groups = src.padded / kGroup;
-  if (count % dst.width != 0) {
-    std::memset(dst.q, 0, static_cast<size_t>(QuantizedWords(count, dst.padded, dst.width)) * 4);
-  }
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const int64_t row = rows[static_cast<size_t>(i)];
     if (IsTiled(dst.width)) {
       for (int64_t group = 0; group < groups; ++group) {
@@ -290,7 +285,9 @@ void LinearInput::Prepare(Engine engine, int64_t width) {
       const QuantizedRows source = quantized(1);
       std::vector<int64_t> order(static_cast<size_t>(rows));
       std::iota(order.begin(), order.end(), 0);
-      GatherQuantized(source, order, form);
+      ForRows((rows + width - 1) / width, width * k, [&](int64_t begin, int64_t end) {
+        GatherQuantized(source, order, begin * width, std::min(rows, end * width), form);
+      });
       return;
     }
     ForRows(rows, k * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
@@ -299,8 +296,7 @@ void LinearInput::Prepare(Engine engine, int64_t width) {
       }
     });
   }
-  if ((engine == Engine::kOnednnBfloat16 || engine == Engine::kPanelsBfloat16) &&
-      bfloat16_.data == nullptr) {
+  if (engine == Engine::kOnednnBfloat16 && bfloat16_.data == nullptr) {
     auto* rounded = arena_->New<uint16_t>(rows * k);
     ForRows(rows, k * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -374,8 +370,7 @@ Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath
       case Engine::kQuantized:
         QuantizedSlice(input.quantized(part.width), src.rows, *job.weight, begin, end, dst);
         break;
-      case Engine::kPanelsFloat32:
-      case Engine::kPanelsBfloat16: PanelsFloat32Slice(src, *job.weight, begin, end, dst); break;
+      case Engine::kPanelsFloat32: PanelsFloat32Slice(src, *job.weight, begin, end, dst); break;
     }
   };
   if (bytes < kInlineBytes && src.rows <= kMaxKernelRows) {
@@ -395,9 +390,11 @@ Status LinearSlice(const LinearInput& input, std::span<const int64_t> rows,
     const QuantizedRows& all = input.quantized();
     const int64_t width = begin % kPanelRows == 0 ? GroupWidth(count, weight.dtype)
                                                   : std::min<int64_t>(count, kMatmulRows);
-    const QuantizedRows some = QuantizedAt(
-        ThreadScratch<int32_t>(QuantizedWords(count, all.padded, width)), count, all.padded, width);
-    GatherQuantized(all, rows, some);
+    const int64_t words = QuantizedWords(count, all.padded, width);
+    auto* memory = ThreadScratch<int32_t>(words);
+    if (count % width != 0) std::memset(memory, 0, static_cast<size_t>(words) * 4);
+    const QuantizedRows some = QuantizedAt(memory, count, all.padded, width);
+    GatherQuantized(all, rows, 0, count, some);
     QuantizedSlice(some, count, weight, begin, end, dst);
     return absl::OkStatus();
   }

@@ -29,7 +29,6 @@ enum class Engine {
   kOnednnBfloat16,  // oneDNN on bfloat16 weights and activations
   kQuantized,       // packed weights times int8 activations
   kPanelsFloat32,   // packed weights, unpacked to float32 panel by panel
-  kPanelsBfloat16,  // packed weights, unpacked to bfloat16 for AMX
 };
 Engine ChooseEngine(int64_t rows, DType dtype, const MatmulPath& path);
 
