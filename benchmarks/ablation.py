@@ -3,7 +3,7 @@
     python benchmarks/ablation.py MODEL [--prompt 512] [--new 32] [--rounds 5] [--json FILE]
 
 MODEL is what gemloupe.load takes, best a packed int4 folder (random_packed.py). Each line is a
-process of its own that stays loaded; rounds run them in turns, every second one backwards.
+process of its own that stays loaded; each round runs them in another order.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from text_speed import busy_cpus
-from workers import Worker, cell, in_turns, markdown, progress, random_ids
+from workers import Worker, cell, markdown, progress, random_ids
 
 from gemloupe import _core, bench
 from gemloupe.checkpoint import open_checkpoint
@@ -94,8 +95,9 @@ def ablate(arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.rounds):
             busy.append(busy_cpus())
             bandwidths.append(bench.read_bandwidth(arguments.threads))
-            for name in in_turns(list(workers), number):
-                line = next(line for line in lines if line.name == name)
+            # Shuffled: the base would always be first or last of so many.
+            for index in np.random.default_rng([arguments.seed, number]).permutation(len(lines)):
+                line, name = lines[index], lines[index].name
                 measure(line, workers[name], arguments, vocab, number)
                 progress(
                     f"round {number + 1}: {name}: pp {line.prefill[-1]:.2f}, "

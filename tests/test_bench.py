@@ -384,11 +384,22 @@ def test_llama_cpp_gets_its_fastest_settings() -> None:
     assert {"flash_attn": 1, "n_ubatch": 64, "threads": 4} in compare.settings(8, 128)
 
 
+def test_repacking_is_left_out_only_where_it_is_clearly_slower() -> None:
+    assert compare.contenders([(100.0, 5.0), (50.0, 4.0)]) == {0}
+    assert compare.contenders([(100.0, 5.0), (50.0, 4.6)]) == {0, 1}
+    assert compare.contenders([(91.0, 1.0), (100.0, 5.0)]) == {0, 1}
+
+
 def test_peaks_of_onednn_are_read_from_the_native_benchmark() -> None:
     text = (
         "Xeon, 2 thread(s)\noneDNN u8s8  512 rows    890.5 Gop/s\noneDNN f32   512 rows 255.0 Gop/s"
     )
     assert compare.parse_roofline(text) == {"u8s8": 890.5e9, "f32": 255e9}
+
+
+def test_features_of_llama_cpp_are_those_that_are_there() -> None:
+    info = "CPU : SSE3 = 1 | AMX_INT8 = 0 | REPACK = 1 | "
+    assert compare.built_with(info) == "built with SSE3 REPACK"
 
 
 def line(name: str, engine: str, rates: list[float]) -> compare.Line:
