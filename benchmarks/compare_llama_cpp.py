@@ -349,7 +349,8 @@ def report_text(report: dict[str, Any]) -> str:
         f"- prompt {report['prompt']}, then {report['new']} decoded; median (minimum–maximum) of "
         f"{report['rounds']} rounds; CPUs that others kept busy {cell(report['busy_cpus'], 1)}",
         *(
-            f"- {line['name']} ran with {flags(line['contexts'])}; {built_with(line['system_info'])}"
+            f"- {line['name']} ran with {flags(line['contexts'])}; "
+            + built_with(line["system_info"])
             for line in lines
             if line["contexts"]
         ),
