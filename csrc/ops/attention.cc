@@ -123,7 +123,11 @@ class Attender {
 
  private:
   int64_t tiles() const { return tiles_per_head_ * kv_.layout.num_heads; }
-  int64_t chunk_positions() const { return kv_.chunk_blocks * kKvBlock; }
+  // Chunks that hold positions [first_, last_).
+  int64_t first_chunk() const { return kv_.chunks.Of(first_); }
+  int64_t chunks() const { return kv_.chunks.Of(last_ - 1) - first_chunk() + 1; }
+  // Rows of the largest tile.
+  int64_t tile_rows() const { return std::min(kTileRows, line_rows_); }
 
   Tile MakeTile(int64_t index, float* q) const;
   void AttendChunk(const Tile& tile, int64_t chunk, const Partial& part, float* wide) const;
@@ -285,9 +289,9 @@ void Attender::AttendChunk(const Tile& tile, int64_t chunk, const Partial& part,
   std::fill_n(part.max, tile.rows, kMinusInfinity);
   std::fill_n(part.sum, tile.rows, 0.0f);
   std::fill_n(part.z, tile.rows * head_dim_, 0.0f);
-  const int64_t begin = std::max(tile.range[0].begin, chunk * chunk_positions());
+  const int64_t begin = std::max(tile.range[0].begin, kv_.chunks.Begin(chunk));
   const int64_t end =
-      std::min(tile.range[static_cast<size_t>(tile.rows - 1)].end, (chunk + 1) * chunk_positions());
+      std::min(tile.range[static_cast<size_t>(tile.rows - 1)].end, kv_.chunks.Begin(chunk + 1));
   const bool direct = tile.rows <= kDirectRows;
   for (int64_t block = begin / kKvBlock; block * kKvBlock < end; ++block) {
     BlockView view = Stored(block, tile.kv_head);
@@ -323,8 +327,7 @@ void Attender::RunTile(int64_t index) const {
   const Partial part = Partial::At(memory + q_floats + partial, kTileRows, head_dim_);
   std::fill_n(total.sum, tile.rows, 0.0f);
   const int64_t end = tile.range[static_cast<size_t>(tile.rows - 1)].end;
-  for (int64_t chunk = tile.range[0].begin / chunk_positions(); chunk * chunk_positions() < end;
-       ++chunk) {
+  for (int64_t chunk = kv_.chunks.Of(tile.range[0].begin); kv_.chunks.Begin(chunk) < end; ++chunk) {
     AttendChunk(tile, chunk, part, memory + q_floats + 2 * partial);
     for (int64_t r = 0; r < tile.rows; ++r) Merge(total, part, r, head_dim_);
   }
@@ -334,10 +337,9 @@ void Attender::RunTile(int64_t index) const {
 // Few tiles: their chunks are spread over the threads.
 void Attender::RunSplit() const {
   thread_local Buffer buffer;
-  const int64_t rows = std::min(kTileRows, line_rows_);
+  const int64_t rows = tile_rows();
   const int64_t partial = Partial::Floats(rows, head_dim_);
-  const int64_t first_chunk = first_ / chunk_positions();
-  const int64_t chunks = (last_ - 1) / chunk_positions() - first_chunk + 1;
+  const int64_t chunks = this->chunks();
   float* memory = buffer.Floats(tiles() * chunks * partial);
   const auto part_of = [&](int64_t index, int64_t chunk) {
     return Partial::At(memory + (index * chunks + chunk) * partial, rows, head_dim_);
@@ -348,7 +350,7 @@ void Attender::RunSplit() const {
     float* own =
         scratch.Floats(q_floats + kKvBlock * (kv_.layout.key_dims() + head_dim_ + 2 * kPadding));
     const Tile tile = MakeTile(task / chunks, own);
-    AttendChunk(tile, first_chunk + task % chunks, part_of(task / chunks, task % chunks),
+    AttendChunk(tile, first_chunk() + task % chunks, part_of(task / chunks, task % chunks),
                 own + q_floats);
   });
   ForRows(tiles() * rows, chunks * head_dim_ * static_cast<int64_t>(sizeof(float)),
@@ -374,9 +376,8 @@ void Attender::Run() {
     for (int64_t index = 0; index < tiles(); ++index) RunTile(index);
     return;
   }
-  const int64_t chunks = (last_ - 1) / chunk_positions() - first_ / chunk_positions() + 1;
-  const int64_t split_floats = tiles() * chunks * Partial::Floats(kTileRows, head_dim_);
-  if (chunks > 1 && tiles() < 4 * threads &&
+  const int64_t split_floats = tiles() * chunks() * Partial::Floats(tile_rows(), head_dim_);
+  if (chunks() > 1 && tiles() < 4 * threads &&
       (tiles() < threads || split_floats < kMaxSplitFloats)) {
     RunSplit();
   } else {

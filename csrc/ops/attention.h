@@ -9,14 +9,33 @@
 
 namespace gemloupe {
 
+// Chunks of positions: kShort each, and from position kLongFrom on kLong where `grow`. Short ones give
+// every thread work in a short sequence; in a long one their partial results would be 6 % of the traffic.
+struct KvChunks {
+  static constexpr int64_t kShort = 2 * kKvBlock;
+  static constexpr int64_t kLong = 8 * kKvBlock;
+  static constexpr int64_t kLongFrom = 4 * kLong;
+  bool grow = true;
+
+  // The chunk of a position, and the first position of a chunk.
+  int64_t Of(int64_t position) const {
+    if (!grow || position < kLongFrom) return position / kShort;
+    return kLongFrom / kShort + (position - kLongFrom) / kLong;
+  }
+  int64_t Begin(int64_t chunk) const {
+    if (!grow || chunk * kShort < kLongFrom) return chunk * kShort;
+    return kLongFrom + (chunk - kLongFrom / kShort) * kLong;
+  }
+};
+
 // The keys and values that one layer reads, for one sequence.
 struct KvView {
   KvBlockLayout layout;
   const float* key_weight = nullptr;  // w [H] where the layout is derived
-  // Positions of one chunk, in blocks. The softmax of a row is the merge, in ascending order, of its
-  // softmax over each chunk [c · P, (c + 1) · P) of absolute positions: chunks are what threads share
-  // when there are few rows, and they are always there, so that threads change no bit.
-  int64_t chunk_blocks = 8;
+  // The softmax of a row is the merge, in ascending order, of its softmax over each chunk of absolute
+  // positions: chunks are what threads share when there are few rows, and they are always there, so
+  // that threads change no bit.
+  KvChunks chunks;
   int64_t first_block = 0;
   std::vector<const uint8_t*> blocks;  // block first_block + i
 };

@@ -23,10 +23,6 @@ KvBlockLayout LayoutOf(const KvLayerSpec& spec, const KvCacheOptions& options) {
   return layout;
 }
 
-// Chunks of the softmax (ops/attention.h), in blocks: small where a window spans few of them.
-constexpr int64_t kSlidingChunk = 4;
-constexpr int64_t kFullChunk = 8;
-
 }  // namespace
 
 KvCache::KvCache(std::vector<KvLayerSpec> layers, const KvCacheOptions& options)
@@ -114,7 +110,7 @@ KvView KvCache::View(int layer) const {
   KvView view;
   view.layout = layouts_[source];
   if (view.layout.derived) view.key_weight = spec.key_weight->data();
-  view.chunk_blocks = spec.window > 0 ? kSlidingChunk : kFullChunk;
+  view.chunks.grow = spec.window == 0;
   view.first_block = stored.first_block;
   view.blocks.reserve(stored.blocks.size());
   for (const auto& block : stored.blocks) view.blocks.push_back(block->data());

@@ -184,6 +184,21 @@ TEST_P(AttentionOf, EqualsItsTwinOnOddSizes) {
   }
 }
 
+TEST(KvChunks, CoverEveryPositionInWholeBlocks) {
+  for (const bool grow : {false, true}) {
+    const KvChunks chunks = {grow};
+    EXPECT_EQ(chunks.Begin(0), 0);
+    for (int64_t position = 0; position < 3 * KvChunks::kLongFrom; ++position) {
+      const int64_t chunk = chunks.Of(position), begin = chunks.Begin(chunk);
+      const int64_t size = chunks.Begin(chunk + 1) - begin;
+      ASSERT_LE(begin, position);
+      ASSERT_LT(position, begin + size);
+      ASSERT_EQ(begin % kKvBlock, 0);
+      ASSERT_EQ(size, grow && position >= KvChunks::kLongFrom ? KvChunks::kLong : KvChunks::kShort);
+    }
+  }
+}
+
 TEST_P(AttentionOf, WindowsAndStartsSkipBlocks) {
   const Sequence sequence(kCases[1], 900);
   const auto cache = sequence.Cache(GetParam(), false, 150, 333);
@@ -195,7 +210,7 @@ TEST_P(AttentionOf, WindowsAndStartsSkipBlocks) {
 
 TEST_P(AttentionOf, RowsHaveTheSameBitsAloneInATileAndOnAnyThreads) {
   for (const Case& c : kCases) {
-    const int64_t length = 2000, rows = 61;  // several chunks; more rows than a tile
+    const int64_t length = 2900, rows = 61;  // chunks of both sizes; more rows than a tile
     const Sequence sequence(c, length);
     for (const bool separate : {true, false}) {
       for (const int64_t window : {0, 300}) {
