@@ -97,6 +97,10 @@ def plan_tensors(raw: dict[str, Any]) -> list[Tensor]:
             mean, std = 0.0, EMBEDDING_STD
         elif name.endswith("layer_scalar"):
             mean, std = 1.0, 0.0
+        elif name.endswith("post_attention_layernorm.weight"):
+            # Attention gives random tokens nearly the same vector. At full weight it would make
+            # their residuals alike, and every token would choose the same experts.
+            mean, std = 0.1, 0.01
         elif len(shape) == 1:  # Weights of norms, scales of router and experts.
             mean, std = 1.0, 0.1
         else:
