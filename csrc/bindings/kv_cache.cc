@@ -122,6 +122,24 @@ void BindKvCache(py::module_& module) {
           },
           py::arg("length"), "Drops positions from `length` on.")
       .def(
+          "append_random",
+          [](const CachePtr& cache, const std::vector<int32_t>& ids, uint32_t seed) {
+            WithLease(cache, [&] {
+              const int64_t held = cache->length() - cache->start();
+              const int64_t most = cache->options().max_tokens;
+              if (held + static_cast<int64_t>(ids.size()) > most) {
+                throw py::value_error("append_random: " + std::to_string(ids.size()) +
+                                      " ids after " + std::to_string(held) +
+                                      " tokens, expected at most " + std::to_string(most) +
+                                      " tokens in this cache");
+              }
+              cache->AppendRandom(ids, seed);
+              return true;
+            });
+          },
+          py::arg("ids"), py::arg("seed"),
+          "Appends ids with random keys and values that no model has computed, for benchmarks.")
+      .def(
           "restore",
           [](const CachePtr& cache, const CachePtr& fork) {
             WithLease(cache, [&] {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <random>
 
 #include "absl/strings/str_cat.h"
 
@@ -135,6 +136,34 @@ void KvCache::Advance(const int32_t* ids, int64_t count) {
       layer.blocks.erase(layer.blocks.begin(), layer.blocks.begin() + leaving);
       layer.first_block += leaving;
     }
+  }
+}
+
+void KvCache::AppendRandom(const std::vector<int32_t>& ids, uint32_t seed) {
+  constexpr int64_t kPass = 512;
+  int64_t widest = 0;
+  for (const KvLayerSpec& spec : layers_) widest = std::max(widest, spec.num_heads * spec.head_dim);
+  // A pass of rows, and as many floats more, so that each layer and pass can begin elsewhere in them.
+  const int64_t needed = kPass * widest;
+  std::vector<float> normal(static_cast<size_t>(2 * needed));
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> distribution;
+  for (float& value : normal) value = distribution(generator);
+  const auto somewhere = [&] {
+    return normal.data() + generator() % static_cast<uint32_t>(needed + 1);
+  };
+  const auto total = static_cast<int64_t>(ids.size());
+  for (int64_t begin = 0; begin < total; begin += kPass) {
+    const int64_t count = std::min(kPass, total - begin);
+    Reserve(count);
+    for (int i = 0; i < static_cast<int>(layers_.size()); ++i) {
+      if (!IsSource(i)) continue;
+      const KvLayerSpec& spec = layers_[static_cast<size_t>(i)];
+      const int64_t row = spec.num_heads * spec.head_dim;
+      Write(i, length(), ConstMatrix(somewhere(), count, row),
+            ConstMatrix(somewhere(), count, row));
+    }
+    Advance(ids.data() + begin, count);
   }
 }
 

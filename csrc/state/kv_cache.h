@@ -73,6 +73,10 @@ class KvCache {
   // Ends a pass: `ids` are now part of the sequence; blocks out of every window are given back.
   void Advance(const int32_t* ids, int64_t count);
 
+  // Appends `ids` with normally distributed keys and values that no model has computed, the same for
+  // the same seed. A benchmark's long context within seconds.
+  void AppendRandom(const std::vector<int32_t>& ids, uint32_t seed);
+
   // Drops positions ≥ length. OutOfRange, naming the smallest length possible, where a sliding layer
   // no longer holds the window before it.
   Status Truncate(int64_t length);
