@@ -34,6 +34,7 @@ class Line:
     """What one context measured, and what the configuration says about it."""
 
     context: int
+    """Tokens at the end, the decoded ones included."""
     filled: int
     """Of its positions, those that hold random values."""
     prefill_tokens: int
@@ -59,7 +60,7 @@ class Line:
 
 
 def split(context: int, prefill: int, rows: int) -> tuple[int, int]:
-    """Returns (positions to fill with random values, tokens to read) of a context."""
+    """Returns (positions to fill with random values, tokens to read) of so many positions."""
     if context <= prefill:
         return 0, context
     tokens = min(rows, prefill)
@@ -87,16 +88,17 @@ def read(model: gl.Model, cache: _core.KvCache, ids: Sequence[int]) -> float:
 
 def measure(model: gl.Model, context: int, arguments: argparse.Namespace, bandwidth: float) -> Line:
     text = model.config.text
-    filled, tokens = split(context, arguments.prefill, arguments.rows)
-    ids = random_ids(context + arguments.new + 1, text.vocab_size, [arguments.seed])
-    cache = model.new_cache(max_tokens=len(ids)).core
+    before = context - arguments.new - 1
+    filled, tokens = split(before, arguments.prefill, arguments.rows)
+    ids = random_ids(context, text.vocab_size, [arguments.seed])
+    cache = model.new_cache(max_tokens=context).core
     if filled:
         cache.append_random(ids[:filled], arguments.seed)
-    prefill = read(model, cache, ids[filled:context])
-    held = cache.nbytes
+    prefill = read(model, cache, ids[filled:before])
     # The first one after a prefill is slower: caches hold the prefill's data.
-    samples = [read(model, cache, [one]) for one in ids[context:]][1:]
-    weights, kv = bytes_read(model, context + 1 + arguments.new // 2)
+    samples = [read(model, cache, [one]) for one in ids[before:]][1:]
+    held = cache.nbytes
+    weights, kv = bytes_read(model, context - arguments.new // 2 - 1)
     return Line(
         context=context,
         filled=filled,
@@ -159,8 +161,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("prefill", "rows", "new", "threads"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} is {getattr(arguments, name)}; expected 1 or more")
-    if min(arguments.context) < 1:
-        parser.error(f"--context has {min(arguments.context)}; expected 1 or more")
+    least = arguments.new + 2
+    if min(arguments.context) < least:
+        parser.error(
+            f"--context has {min(arguments.context)}; expected --new + 2 = {least} or more"
+        )
     return arguments
 
 

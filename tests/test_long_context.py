@@ -59,8 +59,8 @@ def test_lines_hold_what_the_sizes_say(
     assert long_context.main([folder, *arguments, "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     short, long = report["contexts"]
-    assert (short["context"], short["filled"], short["prefill_tokens"]) == (40, 0, 40)
-    assert (long["context"], long["filled"], long["prefill_tokens"]) == (300, 268, 32)
+    assert (short["context"], short["filled"], short["prefill_tokens"]) == (40, 0, 36)
+    assert (long["context"], long["filled"], long["prefill_tokens"]) == (300, 264, 32)
     text = gl.load(folder).config.text
     for line in (short, long):
         most = sizes.kv_allocated(text, line["context"], report["kv_dtype"], 512)
@@ -68,14 +68,18 @@ def test_lines_hold_what_the_sizes_say(
         assert 0 < line["kv_held"] <= most
         total = line["weights_read"] + line["kv_read"]
         assert line["predicted_seconds"] == pytest.approx(total / 2e10)
-    assert "32 after 268 filled" in capsys.readouterr().out
+    assert "32 after 264 filled" in capsys.readouterr().out
 
 
 def test_arguments_that_make_no_sense_are_refused(capsys) -> None:
-    for wrong in (["--context", "0"], ["--new", "0"], ["--rows", "-1"]):
+    for wrong, message in (
+        (["--context", "9"], "--context has 9; expected --new + 2 = 10 or more"),
+        (["--new", "0"], "--new is 0; expected 1 or more"),
+        (["--rows", "-1"], "--rows is -1; expected 1 or more"),
+    ):
         with pytest.raises(SystemExit):
             long_context.parse(["model", *wrong])
-        assert "expected 1 or more" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
