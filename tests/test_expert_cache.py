@@ -63,3 +63,9 @@ def test_experts_that_would_be_converted_are_not_read_on_demand(
     save_tiny(make_tiny("26b"), tmp_path / "model")
     with pytest.raises(MemoryError):
         gl.load(tmp_path / "model", dtype="int8", max_memory=1 << 20)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "8GB", float("inf"), float("nan")])
+def test_a_limit_that_is_no_number_of_bytes_is_refused(packed: str, limit: object) -> None:
+    with pytest.raises(ValueError, match=r"max_memory is .*; expected None or a number of bytes"):
+        gl.load(packed, max_memory=limit)

@@ -222,3 +222,12 @@ def test_float32_activations_differ_from_int8_ones_by_their_rounding() -> None:
         np.abs(rounded - reference).mean()
         < 0.25 * np.abs(reference - gl.load("demo:edge").run(ids, logits="all").logits).mean()
     )
+
+
+def test_a_wildcard_in_front_reaches_over_the_prefix() -> None:
+    tensors = {
+        "layers.0.mlp.up_proj.weight": ("bfloat16", (64, 64)),
+        "layers.1.mlp.up_proj.weight": ("bfloat16", (64, 64)),
+    }
+    found = recipe.targets({"*.layers.0.*": "int8"}, tensors, "model.language_model.")
+    assert list(found.values()) == ["int8", "bfloat16"]

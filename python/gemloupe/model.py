@@ -73,6 +73,7 @@ def load(
     _check_choice("activations", activations, ("auto", "float32"))
     _check_choice("embed_scale", embed_scale, ("auto", "float32", "bfloat16"))
     threads = check_threads(threads)
+    _check_max_memory(max_memory)
     checkpoint = open_checkpoint(source)
     made = checkpoint.provenance
     preset = recipe.name_of(dtype if made is None else made.recipe)
@@ -99,6 +100,15 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         hint = did_you_mean(str(value), choices)
         raise ValueError(f"{name} is {value!r}; expected {one_of(choices)}. {hint}".rstrip())
+
+
+def _check_max_memory(max_memory: int | None) -> None:
+    is_count = isinstance(max_memory, int) and not isinstance(max_memory, bool) and max_memory > 0
+    if max_memory is not None and not is_count:
+        raise ValueError(
+            f"max_memory is {quoted(max_memory)}; expected None or a number of bytes above 0, "
+            "such as 8 * 2**30"
+        )
 
 
 def check_threads(threads: int | None) -> int:

@@ -126,7 +126,12 @@ def _asked(patterns: list[tuple[str, str, bool]], tensors: Tensors, prefix: str)
     asked: dict[str, str] = {}
     for pattern, value, must_match in patterns:
         short = pattern.removeprefix(prefix)
-        matches = [name for name in tensors if fnmatchcase(name, short)]
+        # With a wildcard in front a pattern may reach into the prefix: "*.layers.0.*".
+        matches = [
+            name
+            for name in tensors
+            if fnmatchcase(name, short) or (must_match and fnmatchcase(prefix + name, pattern))
+        ]
         matrices = [name for name in matches if len(tensors[name][1]) > 1]
         if must_match and not matrices:
             raise _no_match(pattern, short, matches, tensors)
