@@ -66,6 +66,7 @@ def convert(
         _write_weights(checkpoint, partial, dtype, wanted, check_threads(threads))
         _write_side_files(checkpoint, partial)
         _sync(partial)
+        _check_destination(checkpoint, target, force)  # Another process may have made it meanwhile.
         _publish(partial, target)
     (target / _LOCK).unlink(missing_ok=True)  # Not before: it keeps the folder from being removed.
     return target
