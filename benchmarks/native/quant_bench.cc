@@ -103,13 +103,13 @@ int Main(int argc, char** argv) {
           weights.data() + static_cast<size_t>(next++ % matrices) * MatrixBytes(dtype, n, k),
           dtype,
           {n, k}};
-      const ThreadPool::Pass pass(threads);
       if (!Linear(ConstMatrix(x.data(), rows, k), {{&weight, Matrix(y.data(), rows, n)}}, path,
                   arena)
                .ok()) {
         std::abort();
       }
     };
+    const ThreadPool::Pass pass(threads);  // as a model's: its threads stay awake between products
     for (const int64_t rows : {1, 2, 4, 8}) {
       const double read = MeasureReadBandwidth(threads).value_or(0);
       product(rows, {});

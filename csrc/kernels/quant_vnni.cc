@@ -28,6 +28,15 @@ GEMLOUPE_INLINE __m512i Dot(__m512i acc, __m512i u, const void* p) {
   return acc;
 }
 
+// A number as a type, to choose a template by.
+template <int kValue>
+struct Number {
+  static constexpr int value = kValue;
+};
+
+// Panels that are read side by side with few rows.
+constexpr int kMostStreams = 4;
+
 // The integer sums of two groups of 32 for kRows rows of activations.
 template <class Format, int kRows>
 struct IntegerSums {
@@ -104,57 +113,63 @@ GEMLOUPE_INLINE IntegerSums<Format, kRows> SumScaledQuads(const uint8_t* tile, i
   return sums;
 }
 
-// One panel times kRows rows, from row kFirst on, of a group of kWidth; `rows` of the group exist.
-template <class Format, int kRows, int kWidth, int kFirst>
-GEMLOUPE_INLINE void Panel(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t group,
-                           int rows, const uint8_t* panel, int64_t tiles, __mmask16 lanes) {
+// kStreams panels, `panel_step` bytes apart, times kRows rows, from row kFirst on, of a group of kWidth;
+// `rows` of the group exist. One stream of weights does not reach the memory's rate.
+template <class Format, int kStreams, int kRows, int kWidth, int kFirst>
+GEMLOUPE_INLINE void PanelStreams(float* dst, int64_t dst_stride, int64_t dst_step,
+                                  const QuantizedRows& src, int64_t group, int rows,
+                                  const uint8_t* panel, size_t panel_step, int64_t tiles,
+                                  __mmask16 lanes) {
   const int64_t groups = src.padded / kGroup;
   const int32_t* q = src.q + group * (src.padded / 4) * kWidth + kFirst;
   const float* scale = src.scale + group * groups * kWidth + kFirst;
   const int32_t* start = src.start + group * groups * kWidth + kFirst;
   const int32_t* half_start = src.half_start + group * groups * kWidth + kFirst;
   const float* scaled_sum = src.scaled_sum + group * groups * kWidth + kFirst;
-  __m512 acc[kRows];
+  __m512 acc[kStreams][kRows];
   GEMLOUPE_UNROLL
-  for (int r = 0; r < kRows; ++r) acc[r] = _mm512_setzero_ps();
+  for (int s = 0; s < kStreams; ++s) {
+    GEMLOUPE_UNROLL
+    for (int r = 0; r < kRows; ++r) acc[s][r] = _mm512_setzero_ps();
+  }
   for (int64_t t = 0; t < tiles; ++t) {
-    const uint8_t* tile = panel + static_cast<size_t>(t) * Format::kTileBytes;
     for (int part = 0; part < Format::kParts; ++part) {
-      if constexpr (Format::kParts == 1) {
-        GEMLOUPE_UNROLL
-        for (size_t at = 0; at < Format::kTileBytes; at += 64) {
-          _mm_prefetch(reinterpret_cast<const char*>(tile + kAheadBytes + at), _MM_HINT_T0);
-        }
-      } else {
-        constexpr size_t kPartBytes = Format::kTileBytes / 64 / 4 * 64 + 64;
-        GEMLOUPE_UNROLL
-        for (size_t at = 0; at < kPartBytes; at += 64) {
-          _mm_prefetch(
-              reinterpret_cast<const char*>(tile + kAheadBytes + part * (kPartBytes - 64) + at),
-              _MM_HINT_T0);
-        }
-      }
-      IntegerSums<Format, kRows> sums;
-      if constexpr (Format::kHasHalfScales) {
-        sums = SumScaledQuads<Format, kRows, kWidth>(tile, part, q, start, half_start);
-      } else {
-        sums = SumQuads<Format, kRows, kWidth>(Format::Lines(tile, part), q, start);
-      }
-      const __m512 first_scale = Format::Scale(tile, 2 * part);
-      const __m512 second_scale = Format::Scale(tile, 2 * part + 1);
-      const __m512 first_min = Format::Min(tile, 2 * part);
-      const __m512 second_min = Format::Min(tile, 2 * part + 1);
       GEMLOUPE_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const __m512 first = _mm512_mul_ps(first_scale, _mm512_set1_ps(scale[r]));
-        acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.first[r]), first, acc[r]);
-        if constexpr (Format::kHasMin) {
-          acc[r] = _mm512_fnmadd_ps(first_min, _mm512_set1_ps(scaled_sum[r]), acc[r]);
+      for (int s = 0; s < kStreams; ++s) {
+        const uint8_t* tile = panel + static_cast<size_t>(s) * panel_step +
+                              static_cast<size_t>(t) * Format::kTileBytes;
+        // The lines of this part of the tile, a little more where they don't divide evenly.
+        constexpr size_t kLines = Format::kTileBytes / 64;
+        constexpr size_t kPartLines = (kLines + Format::kParts - 1) / Format::kParts;
+        const uint8_t* ahead =
+            tile + kAheadBytes + static_cast<size_t>(part) * (kLines / Format::kParts) * 64;
+        GEMLOUPE_UNROLL
+        for (size_t line = 0; line < kPartLines; ++line) {
+          _mm_prefetch(reinterpret_cast<const char*>(ahead + 64 * line), _MM_HINT_T0);
         }
-        const __m512 second = _mm512_mul_ps(second_scale, _mm512_set1_ps(scale[kWidth + r]));
-        acc[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.second[r]), second, acc[r]);
-        if constexpr (Format::kHasMin) {
-          acc[r] = _mm512_fnmadd_ps(second_min, _mm512_set1_ps(scaled_sum[kWidth + r]), acc[r]);
+        IntegerSums<Format, kRows> sums;
+        if constexpr (Format::kHasHalfScales) {
+          sums = SumScaledQuads<Format, kRows, kWidth>(tile, part, q, start, half_start);
+        } else {
+          sums = SumQuads<Format, kRows, kWidth>(Format::Lines(tile, part), q, start);
+        }
+        const __m512 first_scale = Format::Scale(tile, 2 * part);
+        const __m512 second_scale = Format::Scale(tile, 2 * part + 1);
+        const __m512 first_min = Format::Min(tile, 2 * part);
+        const __m512 second_min = Format::Min(tile, 2 * part + 1);
+        GEMLOUPE_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          const __m512 first = _mm512_mul_ps(first_scale, _mm512_set1_ps(scale[r]));
+          acc[s][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.first[r]), first, acc[s][r]);
+          if constexpr (Format::kHasMin) {
+            acc[s][r] = _mm512_fnmadd_ps(first_min, _mm512_set1_ps(scaled_sum[r]), acc[s][r]);
+          }
+          const __m512 second = _mm512_mul_ps(second_scale, _mm512_set1_ps(scale[kWidth + r]));
+          acc[s][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums.second[r]), second, acc[s][r]);
+          if constexpr (Format::kHasMin) {
+            acc[s][r] =
+                _mm512_fnmadd_ps(second_min, _mm512_set1_ps(scaled_sum[kWidth + r]), acc[s][r]);
+          }
         }
       }
       q += 16 * kWidth;
@@ -165,8 +180,13 @@ GEMLOUPE_INLINE void Panel(float* dst, int64_t dst_stride, const QuantizedRows& 
     }
   }
   GEMLOUPE_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    if (kFirst + r < rows) _mm512_mask_storeu_ps(dst + (kFirst + r) * dst_stride, lanes, acc[r]);
+  for (int s = 0; s < kStreams; ++s) {
+    GEMLOUPE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      if (kFirst + r < rows) {
+        _mm512_mask_storeu_ps(dst + (kFirst + r) * dst_stride + s * dst_step, lanes, acc[s][r]);
+      }
+    }
   }
 }
 
@@ -174,20 +194,33 @@ template <class Format, int kWidth>
 void Panels(float* dst, int64_t dst_stride, const QuantizedRows& src, int64_t group, int rows,
             const uint8_t* panels, int64_t begin, int64_t end, int64_t k) {
   const int64_t tiles = TilesOf<Format>(k);
-  for (int64_t at = begin / kPanelRows * kPanelRows; at < end; at += kPanelRows) {
-    const uint8_t* panel =
-        panels + static_cast<size_t>(at / kPanelRows * tiles) * Format::kTileBytes;
+  const size_t panel_bytes = static_cast<size_t>(tiles) * Format::kTileBytes;
+  const auto run = [&](auto streams, int64_t at, int64_t step) __attribute__((always_inline)) {
+    constexpr int kStreams = decltype(streams)::value;
+    const uint8_t* panel = panels + static_cast<size_t>(at / kPanelRows) * panel_bytes;
     float* first = dst + (at - begin);
     const __mmask16 lanes = LanesIn(at, begin, end);
+    const size_t panel_step = static_cast<size_t>(step) * panel_bytes;
     // More sums than registers: the second half of the rows finds the panel in the cache.
     constexpr int kMost = Format::kHasHalfScales ? 4 : 8;
     constexpr int kNow = kWidth < kMost ? kWidth : kMost;
-    Panel<Format, kNow, kWidth, 0>(first, dst_stride, src, group, rows, panel, tiles, lanes);
+    PanelStreams<Format, kStreams, kNow, kWidth, 0>(first, dst_stride, step * kPanelRows, src,
+                                                    group, rows, panel, panel_step, tiles, lanes);
     if constexpr (kWidth > kMost) {
-      Panel<Format, kWidth - kMost, kWidth, kMost>(first, dst_stride, src, group, rows, panel,
-                                                   tiles, lanes);
+      PanelStreams<Format, kStreams, kWidth - kMost, kWidth, kMost>(
+          first, dst_stride, step * kPanelRows, src, group, rows, panel, panel_step, tiles, lanes);
     }
+  };
+  // Whole panels in streams, those at either end that are cut alone.
+  constexpr int kStreams = kWidth <= 2 ? kMostStreams : (kWidth <= 4 ? 2 : 1);
+  int64_t at = begin / kPanelRows * kPanelRows;
+  if (at < begin) {
+    run(Number<1>(), at, 0);
+    at += kPanelRows;
   }
+  const int64_t step = at < end ? (end - at) / kPanelRows / kStreams : 0;
+  for (int64_t i = 0; i < step; ++i) run(Number<kStreams>(), at + i * kPanelRows, step);
+  for (at += step * kStreams * kPanelRows; at < end; at += kPanelRows) run(Number<1>(), at, 0);
 }
 
 template <class Format>

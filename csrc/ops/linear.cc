@@ -21,6 +21,8 @@ namespace {
 
 // A slice of weights small enough to stay in a core's L2 while the groups of rows pass over it.
 constexpr int64_t kSliceBytes = 256 * 1024;
+// A slice of packed weights, which one pass reads.
+constexpr int64_t kPackedSliceBytes = 1024 * 1024;
 // Outputs of one oneDNN call: wide enough for its blocking, small enough to share among threads.
 constexpr int64_t kOnednnSlice = 256;
 
@@ -247,7 +249,12 @@ int64_t SliceOutputs(Engine engine, const TensorView& weight, int64_t outputs, i
     case Engine::kOnednnBfloat16: return kOnednnSlice;
     default: break;
   }
-  if (rows <= kMaxKernelRows) return cached;
+  if (rows <= kMaxKernelRows) {
+    // Large enough for streams far apart, small enough to share fairly.
+    const int64_t fair = outputs / (4 * ThreadPool::Get().threads());
+    const int64_t wanted = std::min(kPackedSliceBytes / std::max<int64_t>(row_bytes, 1), fair);
+    return std::max<int64_t>(wanted / kPanelRows, 1) * kPanelRows;
+  }
   // Enough slices to share among the threads; enough panels in each to use what it has in L2.
   const int64_t shared = outputs / (6 * ThreadPool::Get().threads()) / kPanelRows * kPanelRows;
   return std::clamp<int64_t>(shared, kPanelRows, 16 * kPanelRows);
