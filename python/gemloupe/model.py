@@ -13,7 +13,7 @@ from gemloupe import run as _run
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
-from gemloupe.errors import did_you_mean, does_not_fit, one_of, quoted
+from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
 from gemloupe.output import Output
 from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
@@ -49,8 +49,8 @@ def load(
     {"default": "int4", "*.mlp.down_proj.weight": "int8"}. A folder that `gemloupe convert` wrote
     is loaded with "auto". On CPUs with bfloat16 products, long prefills of "auto" and "bfloat16"
     round activations too; "float32" never does.
-    `activations`: products with quantised weights round activations to int8 in groups of 32;
-    "float32" rounds none, in no product, and is slower. `residency`: weights stay "mapped" from
+    `activations`: products with quantised weights round activations to int8 in groups of 32 (a
+    hundredth of what int4 weights lose, about as much as int8 weights lose); "float32" rounds none, in no product, and is slower. `residency`: weights stay "mapped" from
     the file, or are copied into private 2 MiB pages ("resident").
     `threads`: None for every CPU that this process may use. `kv_dtype`: "auto" is float32 with
     dtype "float32", else float16; also "bfloat16" and "int8". `max_memory`: most bytes that the
@@ -212,6 +212,11 @@ def _expert_memory(
                 alternatives.append((f'dtype="{name}"', smaller))
     label = checkpoint.dtype if dtype == "auto" else recipe.name_of(dtype)
     what = f"{checkpoint.source}: the model in {label}"
+    if max_memory is not None and not alternatives:
+        raise MemoryError(
+            f"{what} needs {format_bytes(needed)} of memory, the process included; max_memory is "
+            f"{format_bytes(max_memory)}. Raise it, or load a smaller model."
+        )
     raise does_not_fit(what, needed, available, alternatives)
 
 
