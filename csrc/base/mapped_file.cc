@@ -91,9 +91,9 @@ Status MappedFile::Read(const void* begin, size_t bytes, void* dst) const {
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return ErrnoStatus(errno, path_);
     if (got == 0) {
-      return absl::DataLossError(absl::StrCat(
-          path_, ": the file ends at byte ", offset,
-          "; it was cut short while in use: restore it and load the model again"));
+      return absl::DataLossError(
+          absl::StrCat(path_, ": the file ends at byte ", offset,
+                       "; it was cut short while in use: restore it and load the model again"));
     }
     at += got;
     offset += got;

@@ -50,8 +50,9 @@ def load(
     is loaded with "auto". On CPUs with bfloat16 products, long prefills of "auto" and "bfloat16"
     round activations too; "float32" never does.
     `activations`: products with quantised weights round activations to int8 in groups of 32 (a
-    hundredth of what int4 weights lose, about as much as int8 weights lose); "float32" rounds none, in no product, and is slower. `residency`: weights stay "mapped" from
-    the file, or are copied into private 2 MiB pages ("resident").
+    hundredth of what int4 weights lose, about as much as int8 weights lose); "float32" rounds
+    none, in no product, and is slower. `residency`: weights stay "mapped" from the file, or are
+    copied into private 2 MiB pages ("resident").
     `threads`: None for every CPU that this process may use. `kv_dtype`: "auto" is float32 with
     dtype "float32", else float16; also "bfloat16" and "int8". `max_memory`: most bytes that the
     process may take (its peak, page cache not counted): what does not fit is refused, but for the
