@@ -106,11 +106,6 @@ void MappedFile::ExpectWhole(const void* begin, size_t bytes) const {
   Advise(begin, bytes, MADV_HUGEPAGE);
 }
 
-void MappedFile::ExpectScattered(const void* begin, size_t bytes) const {
-  Advise(begin, bytes, MADV_NOHUGEPAGE);
-  Advise(begin, bytes, MADV_RANDOM);
-}
-
 void MappedFile::Prefetch(const void* begin, size_t bytes) const {
   Advise(begin, bytes, MADV_WILLNEED);
 }

@@ -33,8 +33,6 @@ class MappedFile {
   // Advice on bytes of the mapping, for whole pages; other bytes and null are left alone.
   // They will be read in full, again and again: 2 MiB pages where the file has them.
   void ExpectWhole(const void* begin, size_t bytes) const;
-  // Little of them will be read, here and there: nothing is read ahead.
-  void ExpectScattered(const void* begin, size_t bytes) const;
   // They will be read soon.
   void Prefetch(const void* begin, size_t bytes) const;
   // They are no longer in use: they stop counting as this process's memory. Reading them again works.

@@ -113,18 +113,15 @@ void PanelsFloat32Slice(ConstMatrix src, const TensorView& weight, int64_t begin
       const int64_t here = std::min(kUnpackedElements, k - at);
       kernels.unpack[PackedFormat(weight.dtype)](unpacked, PanelData(weight, output), at,
                                                  (here + elements - 1) / elements * elements);
-      if (first == 0) {
-        kernels.panel_matmul_f32(dst.data + (output - begin), dst.stride, src.data + at, src.stride,
-                                 src.rows, unpacked, here, static_cast<int>(count), at > 0);
-      } else {
+      if (first > 0) {
         // A slice that begins inside a panel (small models only): its outputs move to the front.
-        float shifted[kUnpackedElements * kPanelRows] = {};
         for (int64_t i = 0; i < here; ++i) {
-          std::copy_n(unpacked + i * kPanelRows + first, count, shifted + i * kPanelRows);
+          float* row = unpacked + i * kPanelRows;
+          std::copy(row + first, row + kPanelRows, row);
         }
-        kernels.panel_matmul_f32(dst.data + (output - begin), dst.stride, src.data + at, src.stride,
-                                 src.rows, shifted, here, static_cast<int>(count), at > 0);
       }
+      kernels.panel_matmul_f32(dst.data + (output - begin), dst.stride, src.data + at, src.stride,
+                               src.rows, unpacked, here, static_cast<int>(count), at > 0);
     }
     output += count;
   }
@@ -134,10 +131,11 @@ bool UsesGemm(int64_t rows, DType dtype) {
   return rows > kMaxKernelRows && QuantKernelsInUse().gemm[PackedFormat(dtype)] != nullptr;
 }
 
-// Rows that lie side by side for a product of `rows` rows.
-int64_t GroupWidth(int64_t rows, DType dtype) {
-  return UsesGemm(rows, dtype) ? QuantKernelsInUse().gemm_rows
-                               : std::min<int64_t>(rows, kMatmulRows);
+// Rows that lie side by side for a product of `rows` rows and outputs from `begin` on; gemm does not
+// begin inside a panel.
+int64_t GroupWidth(int64_t rows, DType dtype, int64_t begin) {
+  return begin % kPanelRows == 0 && UsesGemm(rows, dtype) ? QuantKernelsInUse().gemm_rows
+                                                          : std::min<int64_t>(rows, kMatmulRows);
 }
 
 // The arrays of quantised rows, one after the other.
@@ -341,12 +339,8 @@ Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath
     GL_CHECK(job.dst.rows == src.rows && job.first + job.dst.cols <= weight.shape[0]);
     const Engine engine = ChooseEngine(src.rows, weight.dtype, path);
     ReportDispatch(engine, src, weight, path);
-    // A product that begins inside a panel can't go to gemm.
-    int64_t width = 1;
-    if (engine == Engine::kQuantized) {
-      width = job.first % kPanelRows == 0 ? GroupWidth(src.rows, weight.dtype)
-                                          : std::min<int64_t>(src.rows, kMatmulRows);
-    }
+    const int64_t width =
+        engine == Engine::kQuantized ? GroupWidth(src.rows, weight.dtype, job.first) : 1;
     input.Prepare(engine, width);
     const Slices part = {&job, engine, slices, SliceOutputs(engine, weight, job.dst.cols, src.rows),
                          width};
@@ -395,8 +389,7 @@ Status LinearSlice(const LinearInput& input, std::span<const int64_t> rows,
   const Engine engine = ChooseEngine(count, weight.dtype, path);
   if (engine == Engine::kQuantized) {
     const QuantizedRows& all = input.quantized();
-    const int64_t width = begin % kPanelRows == 0 ? GroupWidth(count, weight.dtype)
-                                                  : std::min<int64_t>(count, kMatmulRows);
+    const int64_t width = GroupWidth(count, weight.dtype, begin);
     const int64_t words = QuantizedWords(count, all.padded, width);
     auto* memory = ThreadScratch<int32_t>(words);
     if (count % width != 0) std::memset(memory, 0, static_cast<size_t>(words) * 4);
