@@ -1,1 +1,1 @@
-"""Plots of what a model did, with matplotlib (the extra `plot`). Every function returns its Axes."""
+"""Plots of what a model did, with matplotlib (the extra `plot`); every function returns Axes."""
