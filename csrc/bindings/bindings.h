@@ -73,6 +73,7 @@ class InterruptibleProgress {
 
 void RememberMainThread();
 void BindConfig(pybind11::module_& module);
+void BindHooks(pybind11::module_& module);
 void BindGguf(pybind11::module_& module);
 void BindKvCache(pybind11::module_& module);
 void BindWeights(pybind11::module_& module);

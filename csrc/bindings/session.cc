@@ -27,7 +27,8 @@ void BindSession(py::module_& module) {
       .def_readwrite("logprobs", &RowRequest::logprobs,
                      "Alternatives to report; -1 for none at all.")
       .def_readwrite("prompt_logprobs", &RowRequest::prompt_logprobs)
-      .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.");
+      .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.")
+      .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.");
 
   py::class_<TokenLogprobs>(module, "TokenLogprobs")
       .def_readonly("logprob", &TokenLogprobs::logprob)

@@ -29,37 +29,41 @@ py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& nam
   return ToArray(std::move(values), {rows, cols});
 }
 
-// (logits [rows, V] or None, {name: float32 [T, cols]}).
-py::tuple RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<KvCache> cache,
-                   int64_t logits_begin, int64_t logits_end,
-                   const std::vector<std::pair<int, int>>& capture, std::optional<float> softcap,
-                   int64_t chunk) {
-  Captures captures;
-  for (const auto& [point, layer] : capture) {
-    captures.Want(HookPoints().at(static_cast<size_t>(point)).point, layer);
-  }
+// logits [rows, V], or None without rows.
+py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<KvCache> cache,
+                    int64_t logits_begin, int64_t logits_end, const std::shared_ptr<Hooks>& hooks,
+                    std::optional<float> softcap, int64_t chunk) {
   SignalCheck stopped;
   RunRequest request;
   request.ids = std::move(ids);
   request.cache = std::move(cache);
   request.logits_begin = logits_begin;
   request.logits_end = logits_end;
-  request.captures = capture.empty() ? nullptr : &captures;
+  request.hooks = hooks.get();
   request.softcap = softcap;
   request.chunk = chunk;
   request.stopped = [&] { return stopped(); };
   std::vector<float> logits;
   ThrowIfError(WithoutGil([&] { return Run(model, request, logits); }));
-  py::object rows = py::none();
-  if (logits_end > logits_begin) {
-    rows = ToArray(std::move(logits), {logits_end - logits_begin, model.config().vocab_size});
+  if (logits_end <= logits_begin) return py::none();
+  return ToArray(std::move(logits), {logits_end - logits_begin, model.config().vocab_size});
+}
+
+py::array_t<float> Unembed(TextModel& model,
+                           const py::array_t<float, py::array::c_style | py::array::forcecast>& x,
+                           bool norm, std::optional<float> softcap, std::vector<int32_t> vocab) {
+  if (x.ndim() != 2 || x.shape(1) != model.config().hidden_size) {
+    throw py::value_error("unembed: x has " + std::to_string(x.ndim()) +
+                          " axes, expected [T, hidden_size " +
+                          std::to_string(model.config().hidden_size) + "]");
   }
-  py::dict captured;
-  for (Captures::Entry& entry : captures.entries()) {
-    captured[py::str(HookName(entry.point, entry.layer))] =
-        ToArray(std::move(entry.values), {entry.rows, entry.cols});
-  }
-  return py::make_tuple(rows, captured);
+  const int64_t cols =
+      vocab.empty() ? model.config().vocab_size : static_cast<int64_t>(vocab.size());
+  const ConstMatrix rows(x.data(), x.shape(0), x.shape(1));
+  const TextModel::UnembedOptions options = {norm, softcap, std::move(vocab)};
+  std::vector<float> logits;
+  ThrowIfError(WithoutGil([&] { return model.Unembed(rows, options, logits); }));
+  return ToArray(std::move(logits), {rows.rows, cols});
 }
 
 }  // namespace
@@ -112,19 +116,11 @@ void BindTextModel(py::module_& module) {
       .def_property_readonly("mapped_bytes",
                              [](const TextModel& model) { return model.weights().mapped_bytes(); })
       .def("run", &RunModel, py::arg("ids"), py::arg("cache"), py::arg("logits_begin"),
-           py::arg("logits_end"), py::arg("capture"), py::arg("softcap"), py::arg("chunk"),
-           "One sequence through the model; its tokens are appended to the cache.");
+           py::arg("logits_end"), py::arg("hooks"), py::arg("softcap"), py::arg("chunk"),
+           "One sequence through the model; its tokens are appended to the cache.")
+      .def("unembed", &Unembed, py::arg("x"), py::arg("norm"), py::arg("softcap"), py::arg("vocab"),
+           "Logits [T, V or vocab] of residual streams x [T, D].");
 
-  module.def(
-      "hook_points",
-      [] {
-        py::list points;
-        for (const HookPointInfo& info : HookPoints()) {
-          points.append(py::make_tuple(info.name, info.per_layer, info.shape));
-        }
-        return points;
-      },
-      "(name, of every layer?, shape) of each hook point, in model order.");
   module.attr("DEFAULT_CHUNK") = kDefaultChunk;
 }
 

@@ -3,58 +3,81 @@
 
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "base/status.h"
 
 namespace gemloupe {
 
-// Where a pass can be looked into, in model order. The table in hook_points.cc gives each its name.
+// Where a pass can be looked into and changed, in model order. The table in hook_points.cc says what
+// each is. A norm's divisor (…Scale) comes before its result.
 enum class HookPoint : uint8_t {
   kEmbed,
+  kPerLayerToken,
+  kPerLayerContextScale,
+  kPerLayerContext,
   kPerLayerInputs,
   // Of every layer:
   kResidPre,
+  kAttnNormScale,
   kAttnNorm,
   kAttnQProj,
   kAttnKProj,
   kAttnVProj,
-  kAttnQ,
+  kAttnKScale,
   kAttnK,
+  kAttnVScale,
   kAttnV,
-  kAttnRotQ,
   kAttnRotK,
+  kAttnQScale,
+  kAttnQ,
+  kAttnRotQ,
+  kAttnKeys,
+  kAttnValues,
+  kAttnScores,
+  kAttnPattern,
   kAttnZ,
+  kAttnResult,
   kAttnOut,
+  kAttnPostScale,
   kAttnPost,
   kResidMid,
+  kMlpNormScale,
   kMlpNorm,
   kMlpGate,
   kMlpUp,
   kMlpHidden,
   kMlpOut,
+  kMlpPostScale,
   kMlpPost,
+  kRouterNormScale,
   kRouterNorm,
   kRouterLogits,
   kRouterProbs,
   kRouterExperts,
   kRouterWeightsNorm,
   kRouterWeights,
+  kExpertsNormScale,
   kExpertsNorm,
+  kExpertsHidden,
+  kExpertsEach,
   kExpertsOut,
+  kExpertsPostScale,
   kExpertsPost,
   kFfnOut,
+  kFfnPostScale,
   kFfnPost,
   kResidFfn,
   kPerLayerIn,
   kPerLayerGate,
   kPerLayerHidden,
   kPerLayerOut,
+  kPerLayerPostScale,
   kPerLayerPost,
   kResidUnscaled,
   kResidPost,
   // After the last layer:
+  kFinalNormScale,
   kFinalNorm,
   kLogitsRaw,
   kLogits,
@@ -64,11 +87,27 @@ struct HookPointInfo {
   HookPoint point;
   const char* name;  // without the "layers.{i}." of points that every layer has
   bool per_layer;
-  const char* shape;  // in the dimensions of design: T rows, D hidden, N heads, ...
+  const char*
+      shape;  // in the dimensions of the design: T rows, S positions, D hidden, N heads, ...
+  bool editable;
+  // The same value in transformers: the path of a module from the text model (its output), or of its
+  // ".input" or ".output.n"; "" where no module has it. {i} is the layer.
+  const char* transformers;
+  // The same value's name in TransformerLens; "" where it has none.
+  const char* transformer_lens;
 };
 
 // One row a point, in the order of the enum.
 const std::vector<HookPointInfo>& HookPoints();
+
+// Whether the rows are positions of the cache, not rows of the pass.
+inline bool IsCached(HookPoint point) {
+  return point == HookPoint::kAttnKeys || point == HookPoint::kAttnValues;
+}
+// Whether there is a row for each head and row of the pass: [N, T, S].
+inline bool IsByHead(HookPoint point) {
+  return point == HookPoint::kAttnScores || point == HookPoint::kAttnPattern;
+}
 
 // "layers.3.resid_post" or "embed".
 std::string HookName(HookPoint point, int layer);

@@ -38,13 +38,16 @@ class AttentionLayer {
   // q without columns: only keys and values; k without columns: only queries.
   Status Project(ConstMatrix x, const PassContext& ctx, Matrix q, Matrix k, Matrix v) const;
   void StoreKeysAndValues(Matrix k, Matrix v, const PassContext& ctx) const;
-  void Attend(ConstMatrix q, const PassContext& ctx, Matrix z) const;
+  Status Attend(ConstMatrix q, const PassContext& ctx, Matrix z) const;
+  Status ShowSteps(size_t segment, ConstMatrix q, const std::vector<KeyRange>& ranges,
+                   const PassContext& ctx, Matrix z) const;
+  Status Output(ConstMatrix z, const PassContext& ctx, Matrix out) const;
 
   LayerSpec spec_;
   AttentionWeights weights_;
   Norm q_norm_;
   Norm k_norm_;
-  float eps_;
+  Norm v_norm_;
 };
 
 }  // namespace gemloupe

@@ -33,9 +33,18 @@ class Experts {
 
  private:
   struct Slots;
+  struct Part;
+  struct Buffers;
   StatusOr<std::vector<ExpertView>> Views(std::span<const int32_t> experts) const;
-  Status AddBatch(const LinearInput& input, const Slots& slots, size_t first_group,
-                  size_t end_group, const PassContext& ctx, Matrix out) const;
+  Status Hidden(const LinearInput& input, const Slots& slots, const Part& part,
+                const PassContext& ctx, Matrix hidden) const;
+  Status Products(ConstMatrix hidden, const Slots& slots, const Part& part, const PassContext& ctx,
+                  const Buffers& to) const;
+  Status ForwardShown(const LinearInput& input, const Slots& slots, const Routing& routing,
+                      const PassContext& ctx, Matrix out) const;
+  // Calls fn(part) for as many groups at once as can be held.
+  template <typename Fn>
+  Status ForParts(const Slots& slots, Fn fn) const;
 
   ExpertsWeights weights_;
 };

@@ -1,15 +1,24 @@
 #ifndef GEMLOUPE_LAYERS_PASS_CONTEXT_H_
 #define GEMLOUPE_LAYERS_PASS_CONTEXT_H_
 
+#include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/memory.h"
-#include "inspect/captures.h"
+#include "base/status.h"
+#include "inspect/hooks.h"
 #include "ops/linear.h"
 #include "ops/rope.h"
 #include "state/batch.h"
 
 namespace gemloupe {
+
+// Where a pass shows its activations: the hooks of each segment (null: none).
+struct PassHooks {
+  std::vector<Hooks*> of_segment;
+  Status status;  // the first error; nothing is shown after it
+};
 
 // What the layers of one pass share.
 struct PassContext {
@@ -18,16 +27,35 @@ struct PassContext {
   MatmulPath path;
   // Angles of the batch's positions, one entry for each RopeSpec of the model.
   std::vector<RopeAngles> angles;
-  Captures* captures = nullptr;  // null: nothing is captured
-  int layer = -1;                // the running layer; −1 outside the layers
-  bool kv_stored = false;        // the running layer's keys and values are in the caches already
+  PassHooks* hooks = nullptr;  // null: nobody looks
+  int layer = -1;              // the running layer; −1 outside the layers
+  bool kv_stored = false;      // the running layer's keys and values are in the caches already
 
   int64_t rows() const { return batch->rows(); }
 
-  // Shows an activation [T, …] to whoever asked for it.
-  void Visit(HookPoint point, ConstMatrix x) const {
-    if (captures != nullptr) captures->Visit(point, layer, x);
+  // Shows an activation [T, …] to whoever asked for it, to be edited and captured.
+  void Visit(HookPoint point, Matrix x) const {
+    if (hooks != nullptr) VisitSegments(point, x, {}, nullptr);
   }
+  // At points of chosen experts [T, k].
+  void Visit(HookPoint point, Matrix x, std::span<const int32_t> experts) const {
+    if (hooks != nullptr) VisitSegments(point, x, experts, nullptr);
+  }
+  // Sets changed[i] where an edit changed rows of segment i.
+  void Visit(HookPoint point, Matrix x, std::vector<uint8_t>& changed) const {
+    if (hooks != nullptr) VisitSegments(point, x, {}, &changed);
+  }
+  // Shows one segment's activation at a site whose positions and heads the caller has set; returns
+  // whether an edit changed it.
+  bool VisitSegment(size_t segment, Site site, Matrix x) const;
+
+  // Whether anyone captures or edits this point of the running layer.
+  bool Wants(HookPoint point) const;
+  bool Wants(HookPoint point, size_t segment) const;
+
+ private:
+  void VisitSegments(HookPoint point, Matrix x, std::span<const int32_t> experts,
+                     std::vector<uint8_t>* changed) const;
 };
 
 }  // namespace gemloupe

@@ -5,7 +5,7 @@
 
 namespace gemloupe {
 
-Status PerLayerInput::Forward(ConstMatrix resid, ConstMatrix input, const PassContext& ctx,
+Status PerLayerInput::Forward(ConstMatrix resid, Matrix input, const PassContext& ctx,
                               Matrix out) const {
   const Arena::Scope scope(*ctx.arena);
   ctx.Visit(HookPoint::kPerLayerIn, input);
@@ -16,7 +16,7 @@ Status PerLayerInput::Forward(ConstMatrix resid, ConstMatrix input, const PassCo
   ctx.Visit(HookPoint::kPerLayerHidden, gate);
   GL_RETURN_IF_ERROR(Linear(gate, {{&weights_.projection, out}}, ctx.path, *ctx.arena));
   ctx.Visit(HookPoint::kPerLayerOut, out);
-  post_norm_.Forward(out, out);
+  post_norm_.Forward(out, HookPoint::kPerLayerPostScale, ctx, out);
   ctx.Visit(HookPoint::kPerLayerPost, out);
   return absl::OkStatus();
 }

@@ -23,7 +23,7 @@ class PerLayerInput {
   }
 
   // out [T, D] = post_norm(projection(gelu_tanh(gate(resid)) · input)) for input [T, P].
-  Status Forward(ConstMatrix resid, ConstMatrix input, const PassContext& ctx, Matrix out) const;
+  Status Forward(ConstMatrix resid, Matrix input, const PassContext& ctx, Matrix out) const;
 
  private:
   PerLayerInputWeights weights_;

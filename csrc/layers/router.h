@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "base/status.h"
-#include "layers/pass_context.h"
+#include "layers/norm.h"
 
 namespace gemloupe {
 
@@ -27,12 +27,15 @@ class Router {
  public:
   Router(RouterWeights weights, int64_t top_k, float eps);
 
+  // InvalidArgument if an edit chooses an expert that is none, or one twice for a token.
   Status Forward(ConstMatrix resid, const PassContext& ctx, Routing& routing) const;
 
  private:
+  Status TakeExperts(ConstMatrix experts, Routing& routing) const;
+
   RouterWeights weights_;
   int64_t top_k_;
-  float eps_;
+  Norm norm_;
 };
 
 }  // namespace gemloupe

@@ -131,8 +131,7 @@ StatusOr<DecoderLayer> DecoderLayer::Load(const TextConfig& config, const LayerS
   return layer;
 }
 
-Status DecoderLayer::Forward(Matrix resid, ConstMatrix per_layer_input,
-                             const PassContext& ctx) const {
+Status DecoderLayer::Forward(Matrix resid, Matrix per_layer_input, const PassContext& ctx) const {
   ctx.Visit(HookPoint::kResidPre, resid);
   GL_RETURN_IF_ERROR(Attend(resid, ctx));
   ctx.Visit(HookPoint::kResidMid, resid);
@@ -161,10 +160,10 @@ Status DecoderLayer::Attend(Matrix resid, const PassContext& ctx) const {
   const Arena::Scope scope(*ctx.arena);
   const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);
   const Matrix out = ctx.arena->NewMatrix(resid.rows, resid.cols);
-  input_norm_.Forward(resid, x);
+  input_norm_.Forward(resid, HookPoint::kAttnNormScale, ctx, x);
   ctx.Visit(HookPoint::kAttnNorm, x);
   GL_RETURN_IF_ERROR(attention_->Forward(x, ctx, out));
-  post_attention_norm_.Forward(out, out);
+  post_attention_norm_.Forward(out, HookPoint::kAttnPostScale, ctx, out);
   ctx.Visit(HookPoint::kAttnPost, out);
   Add(resid, out, resid);
   return absl::OkStatus();
@@ -174,12 +173,12 @@ Status DecoderLayer::FeedForward(Matrix resid, const PassContext& ctx) const {
   const Arena::Scope scope(*ctx.arena);
   const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);
   const Matrix out = ctx.arena->NewMatrix(resid.rows, resid.cols);
-  pre_feedforward_norm_.Forward(resid, x);
+  pre_feedforward_norm_.Forward(resid, HookPoint::kMlpNormScale, ctx, x);
   ctx.Visit(HookPoint::kMlpNorm, x);
   GL_RETURN_IF_ERROR(mlp_->Forward(x, ctx, out));
   if (experts_.has_value()) GL_RETURN_IF_ERROR(AddExperts(resid, ctx, out));
   ctx.Visit(HookPoint::kFfnOut, out);
-  post_feedforward_norm_.Forward(out, out);
+  post_feedforward_norm_.Forward(out, HookPoint::kFfnPostScale, ctx, out);
   ctx.Visit(HookPoint::kFfnPost, out);
   Add(resid, out, resid);
   return absl::OkStatus();
@@ -189,14 +188,14 @@ Status DecoderLayer::AddExperts(ConstMatrix resid, const PassContext& ctx, Matri
   const Arena::Scope scope(*ctx.arena);
   const Matrix x = ctx.arena->NewMatrix(resid.rows, resid.cols);
   const Matrix out = ctx.arena->NewMatrix(resid.rows, resid.cols);
-  post_mlp_norm_.Forward(dense, dense);
+  post_mlp_norm_.Forward(dense, HookPoint::kMlpPostScale, ctx, dense);
   ctx.Visit(HookPoint::kMlpPost, dense);
   Routing routing;
   GL_RETURN_IF_ERROR(router_->Forward(resid, ctx, routing));
-  pre_experts_norm_.Forward(resid, x);
+  pre_experts_norm_.Forward(resid, HookPoint::kExpertsNormScale, ctx, x);
   ctx.Visit(HookPoint::kExpertsNorm, x);
   GL_RETURN_IF_ERROR(experts_->Forward(x, routing, ctx, out));
-  post_experts_norm_.Forward(out, out);
+  post_experts_norm_.Forward(out, HookPoint::kExpertsPostScale, ctx, out);
   ctx.Visit(HookPoint::kExpertsPost, out);
   Add(dense, out, dense);
   return absl::OkStatus();

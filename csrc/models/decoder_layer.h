@@ -26,7 +26,7 @@ class DecoderLayer {
                                      WeightStore& weights);
 
   // Replaces resid [T, D]. per_layer_input [T, P] (no columns in models that have none).
-  Status Forward(Matrix resid, ConstMatrix per_layer_input, const PassContext& ctx) const;
+  Status Forward(Matrix resid, Matrix per_layer_input, const PassContext& ctx) const;
 
   // Only stores the keys and values of rows that go no further than this layer.
   Status StoreKeysAndValues(ConstMatrix resid, const PassContext& ctx) const;

@@ -102,20 +102,39 @@ int TextModel::threads() const { return options_.threads > 0 ? options_.threads 
 
 Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits) {
   GL_RETURN_IF_ERROR(CheckIds(config_, request.batch.ids));
+  if (driving_.load() == std::this_thread::get_id()) {
+    return absl::FailedPreconditionError(
+        "this model is running a pass that called this edit function; call it after the pass, or "
+        "load another model");
+  }
   const ThreadPool::Pass pass(threads());
+  driving_.store(std::this_thread::get_id());
   for (const Segment& segment : request.batch.segments) segment.cache->Reserve(segment.rows);
+  PassHooks hooks;
+  hooks.of_segment = request.hooks;
+  const bool hooked = std::any_of(request.hooks.begin(), request.hooks.end(),
+                                  [](const Hooks* of) { return of != nullptr && !of->empty(); });
+  const auto each_hook = [&](auto fn) {
+    for (Hooks* of : request.hooks) {
+      if (of != nullptr) fn(*of);
+    }
+  };
+  each_hook([&](Hooks& of) { of.BeginPass(request.row_exact); });
   Status status;
   {
     const Arena::Scope scope(arena_);
     PassContext ctx;
     ctx.arena = &arena_;
-    ctx.captures = request.captures;
+    ctx.hooks = hooked ? &hooks : nullptr;
     ctx.path = {.row_exact = request.row_exact || options_.invariant,
                 .bfloat16 = options_.bfloat16_matmul,
                 .float32_activations = options_.float32_activations};
     status = RunLayers(request, ctx, logits);
+    status.Update(hooks.status);
   }
   arena_.ShrinkTo(kKeptScratch);
+  driving_.store({});
+  each_hook([&](Hooks& of) { of.EndPass(status.ok()); });
   if (!status.ok()) return status;
   for (const Segment& segment : request.batch.segments) {
     segment.cache->Advance(request.batch.ids.data() + segment.row, segment.rows);
@@ -131,124 +150,266 @@ void TextModel::SetBatch(const Batch& batch, PassContext& ctx) const {
   }
 }
 
+// Layers [begin, end) whose per-layer inputs are computed in one product.
+struct TextModel::InputLayers {
+  int begin = 0;
+  int end = 0;
+  int64_t tail_rows = 0;
+};
+
+// Which rows each layer computes. Before the last layer that stores keys and values, all of them.
+// From there on a row matters to itself alone, so only those go on whose logits are wanted or that
+// someone looks at.
+struct TextModel::Rows {
+  int last_storing = 0;
+  int end = 0;              // the pass ends before this layer
+  bool wants_head = false;  // the final norm and the logits are computed
+  // The first layer that computes fewer rows than the pass has: last_storing (which then only stores
+  // the keys and values of the others), a later one, or `end`.
+  int first_reduced = 0;
+  // Of the rows that are computed anyway, those at the end that no hook has brought in: they are
+  // computed as without hooks.
+  int64_t tail_rows = 0;
+  bool reduces = false;
+  const PassRequest* request = nullptr;
+  int num_layers = 0;
+
+  Rows(const PassRequest& pass, int first_sharing_layer, int layers)
+      : last_storing(first_sharing_layer - 1), request(&pass), num_layers(layers) {
+    int last_hooked = -1;
+    bool hooked_here = false;
+    bool hooks_inputs = false;  // of all layers, which are shown in one piece
+    for (const Hooks* of : pass.hooks) {
+      if (of == nullptr) continue;
+      last_hooked = std::max(last_hooked, of->LastLayer(layers));
+      hooked_here |= of->HasLayer(last_storing);
+      hooks_inputs |= of->HasInputs();
+    }
+    wants_head = !pass.logits_rows.empty() || last_hooked == layers;
+    // Without logits the pass ends after the last layer that stores keys or shows something.
+    end = wants_head ? layers : std::max(first_sharing_layer, last_hooked + 1);
+    const Batch& batch = pass.batch;
+    const bool only_last =
+        batch.rows() > static_cast<int64_t>(batch.segments.size()) &&
+        (pass.logits_rows.empty() ||
+         (pass.logits_rows.size() == batch.segments.size() &&
+          std::equal(pass.logits_rows.begin(), pass.logits_rows.end(), batch.segments.begin(),
+                     [](int64_t row, const Segment& segment) {
+                       return row == segment.row + segment.rows - 1;
+                     })));
+    reduces = only_last;
+    first_reduced = !reduces || hooks_inputs ? end : hooked_here ? last_storing + 1 : last_storing;
+    if (reduces && batch.segments.size() == 1) {
+      tail_rows = static_cast<int64_t>(pass.logits_rows.size());
+    }
+  }
+
+  // The rows of the pass that `layer`, at first_reduced or later, computes.
+  std::vector<int64_t> Of(int layer) const {
+    const Batch& batch = request->batch;
+    std::vector<int64_t> rows;
+    auto wanted = request->logits_rows.begin();
+    for (size_t i = 0; i < batch.segments.size(); ++i) {
+      const Hooks* of = request->hooks.empty() ? nullptr : request->hooks[i];
+      const Segment& segment = batch.segments[i];
+      for (int64_t row = segment.row; row < segment.row + segment.rows; ++row) {
+        const bool logits = wanted != request->logits_rows.end() && *wanted == row;
+        if (logits) ++wanted;
+        const int64_t position = batch.positions[static_cast<size_t>(row)];
+        if (logits || (of != nullptr && of->Needs(position, layer, num_layers))) {
+          rows.push_back(row);
+        }
+      }
+    }
+    return rows;
+  }
+};
+
 Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
                             std::vector<float>& logits) {
   const auto num_layers = static_cast<int>(layers_.size());
-  const int last_captured =
-      request.captures == nullptr ? -1 : request.captures->LastLayer(num_layers);
-  const bool wants_head = !request.logits_rows.empty() || last_captured == num_layers;
-  // Without logits the pass ends after the last layer that stores keys or shows something.
-  const int end = wants_head ? num_layers : std::max(first_sharing_layer_, last_captured + 1);
-  // From the last layer that stores keys and values on, only the rows whose logits are wanted are
-  // needed: when these are the last of their sequences, the other rows only leave their keys and
-  // values in that layer.
-  const int last_storing = first_sharing_layer_ - 1;
-  const Batch last_rows = request.batch.LastRows();
-  const bool only_last =
-      last_captured < last_storing && last_rows.rows() < request.batch.rows() &&
-      (!wants_head ||
-       (request.logits_rows.size() == last_rows.segments.size() &&
-        std::equal(request.logits_rows.begin(), request.logits_rows.end(),
-                   request.batch.segments.begin(), [](int64_t row, const Segment& segment) {
-                     return row == segment.row + segment.rows - 1;
-                   })));
-  const int switch_layer = only_last ? last_storing : end;
+  const Rows plan(request, first_sharing_layer_, num_layers);
+  logits.clear();
 
   SetBatch(request.batch, ctx);
   Matrix resid = arena_.NewMatrix(ctx.rows(), config_.hidden_size);
   GatherRows(embed_tokens_, request.batch.ids.data(), 0, embed_scale_, resid);
   ctx.Visit(HookPoint::kEmbed, resid);
-  Matrix per_layer_inputs;
-  if (config_.hidden_size_per_layer_input > 0) {
-    GL_ASSIGN_OR_RETURN(per_layer_inputs, PerLayerInputs(resid, 0, switch_layer, ctx));
-    if (switch_layer == num_layers) ctx.Visit(HookPoint::kPerLayerInputs, per_layer_inputs);
+  const int64_t width = config_.hidden_size_per_layer_input;
+  const Matrix embed = resid.rows > 0 && width > 0 && plan.first_reduced < plan.end
+                           ? arena_.NewMatrix(resid.rows, resid.cols)
+                           : Matrix();
+  if (embed.data != nullptr) CopyRows(resid, embed);
+  Matrix inputs;  // per-layer inputs of layers [first_input, …)
+  int first_input = 0;
+  if (width > 0) {
+    // Layers that a pass without hooks computes for its tail alone have a product of their own.
+    std::vector<InputLayers> parts = {{0, std::min(plan.first_reduced, plan.end), 0}};
+    if (plan.tail_rows > 0 && plan.first_reduced > plan.last_storing) {
+      parts = {{0, plan.last_storing, 0},
+               {plan.last_storing, std::min(plan.first_reduced, plan.end), plan.tail_rows}};
+    }
+    inputs = arena_.NewMatrix(resid.rows, parts.back().end * width);
+    GL_RETURN_IF_ERROR(PerLayerInputs(resid, parts, ctx, inputs));
   }
-  const bool reduces = switch_layer < end && wants_head;
-  Matrix kept_embed = arena_.NewMatrix(reduces ? last_rows.rows() : 0, resid.cols);
-  for (int64_t i = 0; i < kept_embed.rows; ++i) {
-    const int64_t row = request.logits_rows[static_cast<size_t>(i)];
-    CopyRows(resid.RowRange(row, 1), kept_embed.RowRange(i, 1));
-  }
-  std::vector<int64_t> logits_rows = request.logits_rows;
-  int first_input_layer = 0;
-  for (int i = 0; i < end; ++i) {
+  Batch batch;                                             // the rows that go on
+  std::vector<int64_t> held;                               // their numbers in the pass
+  std::vector<int64_t> logits_rows = request.logits_rows;  // their numbers among those that go on
+  for (int i = 0; i < plan.end; ++i) {
     if (request.stopped && request.stopped()) return absl::CancelledError("interrupted");
+    if (ctx.hooks != nullptr) GL_RETURN_IF_ERROR(ctx.hooks->status);
     ctx.layer = i;
-    ctx.kv_stored = i == switch_layer;
-    if (i == switch_layer) {
+    ctx.kv_stored = plan.reduces && i == plan.first_reduced && i == plan.last_storing;
+    ctx.path.tail_rows = i >= plan.last_storing ? plan.tail_rows : 0;
+    if (ctx.kv_stored) {
       GL_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].StoreKeysAndValues(resid, ctx));
-      if (!wants_head) break;
-      const Matrix kept = arena_.NewMatrix(last_rows.rows(), resid.cols);
-      for (size_t row = 0; row < logits_rows.size(); ++row) {
-        const auto at = static_cast<int64_t>(row);
-        CopyRows(resid.RowRange(logits_rows[row], 1), kept.RowRange(at, 1));
-        logits_rows[row] = at;
-      }
-      resid = kept;
-      SetBatch(last_rows, ctx);
-      if (config_.hidden_size_per_layer_input > 0) {
-        GL_ASSIGN_OR_RETURN(per_layer_inputs, PerLayerInputs(kept_embed, i, end, ctx));
-        first_input_layer = i;
+    }
+    if (plan.reduces && i >= plan.first_reduced) {
+      const std::vector<int64_t> rows = plan.Of(i);
+      if (rows.empty()) break;
+      if (i == plan.first_reduced || rows.size() < held.size()) {
+        // Numbers among the rows held so far.
+        std::vector<int64_t> among = rows;
+        if (!held.empty()) {
+          for (int64_t& row : among) {
+            row = std::lower_bound(held.begin(), held.end(), row) - held.begin();
+          }
+        }
+        const auto select = [&](ConstMatrix src) {
+          const Matrix kept = arena_.NewMatrix(static_cast<int64_t>(among.size()), src.cols);
+          for (size_t row = 0; row < among.size(); ++row) {
+            CopyRows(src.RowRange(among[row], 1), kept.RowRange(static_cast<int64_t>(row), 1));
+          }
+          return kept;
+        };
+        resid = select(resid);
+        batch = request.batch.Select(rows);
+        SetBatch(batch, ctx);
+        for (size_t row = 0; row < logits_rows.size(); ++row) {
+          logits_rows[row] =
+              std::lower_bound(rows.begin(), rows.end(), request.logits_rows[row]) - rows.begin();
+        }
+        if (width > 0 && i == plan.first_reduced) {
+          inputs = arena_.NewMatrix(resid.rows, (plan.end - i) * width);
+          const InputLayers part = {i, plan.end, plan.tail_rows};
+          GL_RETURN_IF_ERROR(PerLayerInputs(select(embed), {&part, 1}, ctx, inputs));
+          first_input = i;
+        } else if (width > 0) {
+          inputs = select(inputs);
+        }
+        held = rows;
       }
     }
-    const int64_t width = config_.hidden_size_per_layer_input;
-    const ConstMatrix input(per_layer_inputs.data + (i - first_input_layer) * width,
-                            per_layer_inputs.rows, width, per_layer_inputs.stride);
+    const Matrix input(inputs.data + (i - first_input) * width, inputs.rows, width, inputs.stride);
     GL_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].Forward(resid, input, ctx));
   }
   ctx.layer = -1;
   ctx.kv_stored = false;
-  if (!wants_head) {
-    logits.clear();
-    return absl::OkStatus();
-  }
+  if (!plan.wants_head) return absl::OkStatus();
   return Head(resid, logits_rows, request.softcap, ctx, logits);
 }
 
-// (norm(projection(embed) / √D) + √P · table[ids]) / √2 for layers [begin, end): [T, (end − begin) P].
-StatusOr<Matrix> TextModel::PerLayerInputs(ConstMatrix embed, int begin, int end,
-                                           PassContext& ctx) const {
+// (norm(projection(embed) / √D) + √P · table[ids]) / √2 for the layers of `parts`, which follow each
+// other: inputs [T, layers · P].
+Status TextModel::PerLayerInputs(ConstMatrix embed, std::span<const InputLayers> parts,
+                                 const PassContext& ctx, Matrix inputs) const {
   const int64_t width = config_.hidden_size_per_layer_input;
-  const int64_t cols = (end - begin) * width;
-  const Matrix context = ctx.arena->NewMatrix(embed.rows, cols);
+  const int first = parts.front().begin;
   const Arena::Scope scope(*ctx.arena);
-  const Matrix token = ctx.arena->NewMatrix(embed.rows, cols);
-  GL_RETURN_IF_ERROR(Linear(embed, {{&per_layer_model_projection_, context, begin * width}},
-                            ctx.path, *ctx.arena));
+  for (const InputLayers& part : parts) {
+    if (part.begin == part.end) continue;
+    MatmulPath path = ctx.path;
+    path.tail_rows = part.tail_rows;
+    const Matrix dst(inputs.data + (part.begin - first) * width, inputs.rows,
+                     (part.end - part.begin) * width, inputs.stride);
+    GL_RETURN_IF_ERROR(
+        Linear(embed, {{&per_layer_model_projection_, dst, part.begin * width}}, path, *ctx.arena));
+  }
+  // Hooks see the inputs of all layers in one piece.
+  const bool shown = first == 0 && parts.back().end == static_cast<int>(layers_.size());
+  const auto visit = [&](HookPoint point, Matrix x) {
+    if (shown) ctx.Visit(point, x);
+  };
   const auto root = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.hidden_size)));
-  Scale(context, root, context);
-  per_layer_projection_norm_.Forward(context, context);
-  GL_RETURN_IF_ERROR(embed_tokens_per_layer_.Gather(ctx.batch->ids.data(), begin * width,
+  Scale(inputs, root, inputs);
+  if (shown) {
+    per_layer_projection_norm_.Forward(inputs, HookPoint::kPerLayerContextScale, ctx, inputs);
+  } else {
+    per_layer_projection_norm_.Forward(inputs, inputs);
+  }
+  visit(HookPoint::kPerLayerContext, inputs);
+  const Matrix token = ctx.arena->NewMatrix(embed.rows, inputs.cols);
+  GL_RETURN_IF_ERROR(embed_tokens_per_layer_.Gather(ctx.batch->ids.data(), first * width,
                                                     per_layer_scale_, token));
-  Add(context, token, context);
-  Scale(context, static_cast<float>(1.0 / std::sqrt(2.0)), context);
-  return context;
+  visit(HookPoint::kPerLayerToken, token);
+  Add(inputs, token, inputs);
+  Scale(inputs, static_cast<float>(1.0 / std::sqrt(2.0)), inputs);
+  visit(HookPoint::kPerLayerInputs, inputs);
+  return absl::OkStatus();
 }
 
 Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
-                       std::optional<float> softcap, const PassContext& ctx,
+                       std::optional<float> softcap, PassContext& ctx,
                        std::vector<float>& logits) const {
-  if (ctx.captures != nullptr && ctx.captures->Wants(HookPoint::kFinalNorm, -1)) {
-    const Arena::Scope scope(*ctx.arena);
-    const Matrix normed = ctx.arena->NewMatrix(resid.rows, resid.cols);
-    final_norm_.Forward(resid, normed);
-    ctx.Visit(HookPoint::kFinalNorm, normed);
-  }
+  const Arena::Scope scope(*ctx.arena);
   const auto count = static_cast<int64_t>(rows.size());
+  const Matrix x = ctx.arena->NewMatrix(count, resid.cols);
+  const auto select = [&](ConstMatrix src) {
+    for (int64_t i = 0; i < count; ++i) {
+      CopyRows(src.RowRange(rows[static_cast<size_t>(i)], 1), x.RowRange(i, 1));
+    }
+  };
+  if (ctx.Wants(HookPoint::kFinalNorm) || ctx.Wants(HookPoint::kFinalNormScale)) {
+    const Arena::Scope of_norm(*ctx.arena);
+    const Matrix normed = ctx.arena->NewMatrix(resid.rows, resid.cols);
+    final_norm_.Forward(resid, HookPoint::kFinalNormScale, ctx, normed);
+    ctx.Visit(HookPoint::kFinalNorm, normed);
+    select(normed);
+  } else {
+    select(resid);
+    final_norm_.Forward(x, x);
+  }
   logits.resize(static_cast<size_t>(count * config_.vocab_size));
   if (count == 0) return absl::OkStatus();
-  const Arena::Scope scope(*ctx.arena);
-  const Matrix x = ctx.arena->NewMatrix(count, resid.cols);
-  for (int64_t i = 0; i < count; ++i) {
-    CopyRows(resid.RowRange(rows[static_cast<size_t>(i)], 1), x.RowRange(i, 1));
-  }
-  final_norm_.Forward(x, x);
+  const Batch batch = ctx.batch->Select(rows);
+  ctx.batch = &batch;
   const Matrix dst(logits.data(), count, config_.vocab_size);
-  GL_RETURN_IF_ERROR(Linear(x, {{&embed_tokens_, dst}}, ctx.path, *ctx.arena));
+  MatmulPath path = ctx.path;
+  path.tail_rows = 0;
+  GL_RETURN_IF_ERROR(Linear(x, {{&embed_tokens_, dst}}, path, *ctx.arena));
   ctx.Visit(HookPoint::kLogitsRaw, dst);
   const float cap = softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
   if (cap > 0.0f) Softcap(cap, dst);
   ctx.Visit(HookPoint::kLogits, dst);
+  return absl::OkStatus();
+}
+
+Status TextModel::Unembed(ConstMatrix x, const UnembedOptions& options,
+                          std::vector<float>& logits) {
+  GL_RETURN_IF_ERROR(CheckIds(config_, options.vocab));
+  const ThreadPool::Pass pass(threads());
+  const Arena::Scope scope(arena_);
+  const Matrix normed = arena_.NewMatrix(x.rows, x.cols);
+  if (options.norm) {
+    final_norm_.Forward(x, normed);
+  } else {
+    CopyRows(x, normed);
+  }
+  TensorView table = embed_tokens_;
+  if (!options.vocab.empty()) {
+    const auto count = static_cast<int64_t>(options.vocab.size());
+    const Matrix rows = arena_.NewMatrix(count, x.cols);
+    GatherRows(embed_tokens_, options.vocab.data(), 0, 1.0f, rows);
+    table = {rows.data, DType::kFloat32, {count, x.cols}};
+  }
+  logits.resize(static_cast<size_t>(x.rows * table.shape[0]));
+  const Matrix dst(logits.data(), x.rows, table.shape[0]);
+  const MatmulPath path = {.row_exact = options_.invariant,
+                           .bfloat16 = options_.bfloat16_matmul,
+                           .float32_activations = options_.float32_activations};
+  GL_RETURN_IF_ERROR(Linear(normed, {{&table, dst}}, path, arena_));
+  const float cap = options.softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
+  if (cap > 0.0f) Softcap(cap, dst);
   return absl::OkStatus();
 }
 

@@ -1,10 +1,13 @@
 #ifndef GEMLOUPE_MODELS_TEXT_MODEL_H_
 #define GEMLOUPE_MODELS_TEXT_MODEL_H_
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
+#include <thread>
 #include <vector>
 
 #include "base/memory.h"
@@ -12,7 +15,6 @@
 #include "formats/expert_cache.h"
 #include "formats/row_table.h"
 #include "formats/weight_store.h"
-#include "inspect/captures.h"
 #include "layers/norm.h"
 #include "models/config.h"
 #include "models/decoder_layer.h"
@@ -39,10 +41,10 @@ struct TextModelOptions {
 struct PassRequest {
   Batch batch;
   std::vector<int64_t> logits_rows;  // rows of the batch whose logits are wanted, ascending
-  Captures* captures = nullptr;
-  bool row_exact = false;         // decode: a row's bits do not depend on its neighbours
-  std::optional<float> softcap;   // instead of the config's; 0 for none
-  std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled
+  std::vector<Hooks*> hooks;         // one a segment, null for none; or empty
+  bool row_exact = false;            // decode: a row's bits do not depend on its neighbours
+  std::optional<float> softcap;      // instead of the config's; 0 for none
+  std::function<bool()> stopped;     // asked once a layer; true ends the pass with Cancelled
 };
 
 // The text decoder of every Gemma 4.
@@ -54,8 +56,17 @@ class TextModel {
                                                    const ProgressFn& progress);
 
   // Runs the pass and appends its tokens to their caches; logits [logits_rows, V]. On any error the
-  // caches have their previous length. Calls of several threads take turns.
+  // caches have their previous length. Calls of several threads take turns; FailedPrecondition for a
+  // call from inside a hook of this model.
   Status Forward(const PassRequest& request, std::vector<float>& logits);
+
+  // Logits [T, V], or [T, vocab.size()] of these ids, of residual streams x [T, D].
+  struct UnembedOptions {
+    bool norm = true;              // apply the final norm before
+    std::optional<float> softcap;  // instead of the config's; 0 for none
+    std::vector<int32_t> vocab;    // empty: all
+  };
+  Status Unembed(ConstMatrix x, const UnembedOptions& options, std::vector<float>& logits);
 
   const TextConfig& config() const { return config_; }
   const TextModelOptions& options() const { return options_; }
@@ -69,10 +80,13 @@ class TextModel {
 
  private:
   TextModel() = default;
+  struct InputLayers;
+  struct Rows;
   Status RunLayers(const PassRequest& request, PassContext& ctx, std::vector<float>& logits);
-  StatusOr<Matrix> PerLayerInputs(ConstMatrix embed, int begin, int end, PassContext& ctx) const;
+  Status PerLayerInputs(ConstMatrix embed, std::span<const InputLayers> parts,
+                        const PassContext& ctx, Matrix inputs) const;
   Status Head(ConstMatrix resid, const std::vector<int64_t>& rows, std::optional<float> softcap,
-              const PassContext& ctx, std::vector<float>& logits) const;
+              PassContext& ctx, std::vector<float>& logits) const;
   void SetBatch(const Batch& batch, PassContext& ctx) const;
 
   uint64_t id_ = 0;
@@ -93,7 +107,8 @@ class TextModel {
   float embed_scale_ = 0.0f;
   float per_layer_scale_ = 0.0f;
 
-  Arena arena_;  // of the running pass
+  Arena arena_;                                // of the running pass
+  std::atomic<std::thread::id> driving_ = {};  // the thread that runs a pass
 };
 
 }  // namespace gemloupe

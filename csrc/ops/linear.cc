@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <mutex>
 #include <numeric>
 #include <utility>
 #include <vector>
 
+#include "base/first_error.h"
 #include "base/thread_pool.h"
 #include "kernels/packed_layout.h"
 #include "ops/convert.h"
@@ -220,21 +220,6 @@ void ReportDispatch(Engine engine, ConstMatrix src, const TensorView& weight,
                path.row_exact ? " (row-exact pass)" : "");
 }
 
-// The first failure among tasks that run at the same time.
-class FirstError {
- public:
-  void Add(Status status) {
-    if (status.ok()) return;
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (status_.ok()) status_ = std::move(status);
-  }
-  Status Take() { return std::move(status_); }
-
- private:
-  std::mutex mutex_;
-  Status status_;
-};
-
 // Outputs of one slice of a product.
 int64_t SliceOutputs(Engine engine, const TensorView& weight, int64_t outputs, int64_t rows) {
   const auto row_bytes =
@@ -319,8 +304,29 @@ const QuantizedRows& LinearInput::quantized(int64_t width) const {
   return *form;
 }
 
+namespace {
+
+// The rows before the tail, then the tail, each as a product of its own.
+Status LinearWithTail(ConstMatrix src, std::span<const LinearJob> jobs, MatmulPath path,
+                      Arena& arena) {
+  const int64_t body = src.rows - path.tail_rows;
+  const int64_t tail = path.tail_rows;
+  path.tail_rows = 0;
+  std::vector<LinearJob> part(jobs.begin(), jobs.end());
+  for (const auto& [begin, rows] : {std::pair{int64_t{0}, body}, std::pair{body, tail}}) {
+    for (size_t i = 0; i < part.size(); ++i) part[i].dst = jobs[i].dst.RowRange(begin, rows);
+    GL_RETURN_IF_ERROR(Linear(src.RowRange(begin, rows), part, path, arena));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath& path,
               Arena& arena) {
+  if (path.tail_rows > 0 && path.tail_rows < src.rows) {
+    return LinearWithTail(src, jobs, path, arena);
+  }
   struct Slices {
     const LinearJob* job;
     Engine engine;

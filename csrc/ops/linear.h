@@ -21,6 +21,9 @@ struct MatmulPath {
   bool bfloat16 = false;
   // Products with quantised weights read float32 activations, not int8 ones.
   bool float32_activations = false;
+  // The last rows are computed as a product of their own: hooks make a pass compute rows that it
+  // would otherwise leave out, which must change no bit of the rows that it would not.
+  int64_t tail_rows = 0;
 };
 
 enum class Engine {

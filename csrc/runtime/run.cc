@@ -106,7 +106,7 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
          row < std::min(end, request.logits_end); ++row) {
       pass.logits_rows.push_back(row - begin);
     }
-    pass.captures = request.captures;
+    if (request.hooks != nullptr) pass.hooks = {request.hooks};
     pass.softcap = request.softcap;
     pass.stopped = request.stopped;
     GL_RETURN_IF_ERROR(model.Forward(pass, chunk_logits));

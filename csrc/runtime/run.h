@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "base/status.h"
-#include "inspect/captures.h"
+#include "inspect/hooks.h"
 #include "models/text_model.h"
 #include "state/kv_cache.h"
 
@@ -22,7 +22,7 @@ struct RunRequest {
   std::shared_ptr<KvCache> cache;  // the tokens are appended to it
   int64_t logits_begin = 0;        // rows [logits_begin, logits_end) of ids give logits
   int64_t logits_end = 0;
-  Captures* captures = nullptr;
+  Hooks* hooks = nullptr;
   std::optional<float> softcap;
   int64_t chunk = kDefaultChunk;
   std::function<bool()> stopped;

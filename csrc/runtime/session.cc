@@ -113,6 +113,7 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   for (int64_t at = begin; at < end; ++at) {
     if (wants_prompt || at == prompt - 1) pass.logits_rows.push_back(at - begin);
   }
+  if (row.request.hooks != nullptr) pass.hooks = {row.request.hooks.get()};
   pass.softcap = row.request.softcap;
   pass.stopped = stopped;
   GL_RETURN_IF_ERROR(model_->Forward(pass, logits_));
@@ -146,6 +147,7 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
     GL_ASSIGN_OR_RETURN(KvLease lease, KvLease::Take(row.request.cache));
     pass.logits_rows.push_back(pass.batch.rows());
     pass.batch.Append(lease.get(), &row.last_token, 1);
+    pass.hooks.push_back(row.request.hooks.get());
     leases.push_back(std::move(lease));
   }
   // One soft-cap serves the pass: rows of one call share it.

@@ -9,12 +9,13 @@
 
 namespace gemloupe {
 
-// Consecutive rows of a pass that belong to one sequence.
+// Consecutive rows of a pass that belong to one sequence, in ascending positions.
 struct Segment {
   KvCache* cache = nullptr;
   int64_t row = 0;       // its first row in the pass
   int64_t rows = 0;      // T of this sequence
   int64_t position = 0;  // absolute position of its first row
+  int64_t end = 0;       // position after the last one that the pass gives this sequence
 };
 
 // The rows of one pass: T tokens of one or several sequences.
@@ -27,8 +28,8 @@ struct Batch {
 
   // Appends `count` ids that continue the sequence of `cache`.
   void Append(KvCache* cache, const int32_t* tokens, int64_t count);
-  // The last row of every segment, as a batch of its own.
-  Batch LastRows() const;
+  // These rows (ascending), as a batch of its own with the same segments, which may be empty.
+  Batch Select(const std::vector<int64_t>& rows) const;
 };
 
 }  // namespace gemloupe

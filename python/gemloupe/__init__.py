@@ -6,10 +6,12 @@ model = gl.load("demo:edge")
 print(model.chat("What is 27 + 45?"))
 """
 
+from gemloupe import edits
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
+from gemloupe.capturing import at
 from gemloupe.conversion import convert
-from gemloupe.hooks import HookPoint
+from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
 from gemloupe.model import Model, load
 from gemloupe.output import Output
@@ -35,7 +37,10 @@ __all__ = [
     "Run",
     "Stream",
     "__version__",
+    "at",
+    "before",
     "convert",
+    "edits",
     "estimate",
     "hook_points",
     "load",

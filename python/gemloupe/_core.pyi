@@ -143,10 +143,34 @@ class TextModel:
         cache: KvCache,
         logits_begin: int,
         logits_end: int,
-        capture: Sequence[tuple[int, int]],
+        hooks: Hooks | None,
         softcap: float | None,
         chunk: int,
-    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]: ...
+    ) -> np.ndarray | None: ...
+    def unembed(
+        self, x: np.ndarray, norm: bool, softcap: float | None, vocab: Sequence[int]
+    ) -> np.ndarray: ...
+
+class PositionFilter:
+    def __init__(self, listed: Sequence[int], begin: int | None) -> None: ...
+
+class Edit: ...
+
+class Hooks:
+    check_finite: bool
+    expected_rows: int
+    def __init__(self) -> None: ...
+    def add_capture(
+        self,
+        point: int,
+        layer: int,
+        filter: PositionFilter,
+        before: bool,
+        reduce: str,
+        group: int,
+    ) -> int: ...
+    def add_edit(self, point: int, layer: int, filter: PositionFilter, edit: Edit) -> None: ...
+    def take(self, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int]]]: ...
 
 class SamplingOptions:
     temperature: float
@@ -167,6 +191,7 @@ class RowRequest:
     logprobs: int
     prompt_logprobs: int
     softcap: float | None
+    hooks: Hooks | None
     def __init__(self) -> None: ...
 
 class TokenLogprobs:
@@ -227,7 +252,26 @@ def kv_bytes_needed(
     full_sliding: bool = False,
     separate_keys: bool = False,
 ) -> int: ...
-def hook_points() -> list[tuple[str, bool, str]]: ...
+def hook_points() -> list[tuple[str, bool, str, bool, str, str]]: ...
+def function_edit(
+    function: Callable[[np.ndarray, np.ndarray, bool, int], np.ndarray], tail: Sequence[int]
+) -> Edit: ...
+def value_edit(
+    op: str,
+    values: np.ndarray,
+    positions: Sequence[int],
+    columns: Sequence[tuple[int, int]],
+    heads: Sequence[int],
+) -> Edit: ...
+def mask_edges(keys: Sequence[int], heads: Sequence[int]) -> Edit: ...
+def replace_experts(ids: Sequence[int], values: np.ndarray) -> Edit: ...
+def set_features(
+    encoder: np.ndarray,
+    decoder: np.ndarray,
+    bias: Sequence[float],
+    threshold: Sequence[float],
+    target: Sequence[float],
+) -> Edit: ...
 def isa() -> str: ...
 def detected_isa() -> str: ...
 def cpu_model() -> str: ...

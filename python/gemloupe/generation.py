@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from gemloupe import _core, capturing
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.output import Output, Timings, TokenLogprobs
+from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch, prepare
 from gemloupe.sampling import RowOptions, resolve_rows, softcap_value
 from gemloupe.stream import Piece, Stream
@@ -29,8 +31,6 @@ _BAR_TOKENS = 2048
 # Arguments of the contract that later versions understand, with the value that means nothing.
 _LATER: dict[str, Any] = {
     "adapter": None,
-    "capture": (),
-    "edit": None,
     "max_thinking_tokens": None,
     "response_format": None,
     "drafter": None,
@@ -89,6 +89,7 @@ def generate(
     videos: Any = None,
     drafter: Any = None,
     bos: bool | str = "auto",
+    check_finite: bool = False,
     stream: bool = False,
 ) -> Output | list[Output] | Stream:
     """Continues `x` (see `prompt.prepare`); an `Output`, a list of them for a batch, or a `Stream`.
@@ -99,11 +100,13 @@ def generate(
     log-probability and the n most likely ids', 0 nothing. With `cache`, `x` is appended to it and
     gets no BOS. In a batch each of these may be a list, one value a row. `softcap`: "config", a
     number, or None for uncapped logits. Fewer tokens come where the context ends.
+
+    `capture` and `edit` as in `model.run`: they act on the prompt and on every generated token.
+    `out.captured[name]` covers both ([prompt + new − 1, …]; the last token is never read); scores,
+    patterns, keys and values are lists with one array a pass.
     """
     later = {
         "adapter": adapter,
-        "capture": capture,
-        "edit": edit,
         "max_thinking_tokens": max_thinking_tokens,
         "response_format": response_format,
         "drafter": drafter,
@@ -144,9 +147,15 @@ def generate(
         model.config.eos_token_ids,
         model.config.text.vocab_size,
     )
-    generation = Generation(
-        model, prompts, options, caches, softcap_value(softcap), stream, started
-    )
+    requests = [
+        capturing.parse(capture, of_row, model.config.text, check_finite)
+        for of_row in capturing.row_edits(edit, len(prompts) if batch else None)
+    ]
+    rows = [
+        _Row(prompt, of_row, given, started, request)
+        for prompt, of_row, given, request in zip(prompts, options, caches, requests, strict=True)
+    ]
+    generation = Generation(model, rows, softcap_value(softcap), stream)
     result = Stream(generation, batch)
     return result if stream else result.result
 
@@ -163,7 +172,7 @@ def chat(
 def _refuse_later(arguments: Mapping[str, Any]) -> None:
     for name, nothing in _LATER.items():
         value = arguments[name]
-        if value is nothing or (name == "capture" and not len(value)):
+        if value is nothing:
             continue
         raise ValueError(f"{name}= is not in this version of generate; leave it out")
 
@@ -171,11 +180,20 @@ def _refuse_later(arguments: Mapping[str, Any]) -> None:
 class _Row:
     """One row while it is generated."""
 
-    def __init__(self, prompt: Prompt, options: RowOptions, cache: Any, started: float) -> None:
+    def __init__(
+        self,
+        prompt: Prompt,
+        options: RowOptions,
+        cache: Any,
+        started: float,
+        request: capturing.Request,
+    ) -> None:
         self.prompt = prompt
         self.options = options
         self.cache = cache
         self.started = started
+        self.request = request
+        self.hooks: capturing.BoundHooks | None = None
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
@@ -249,6 +267,7 @@ class _Row:
             prompt_logprobs=self.prompt_logprobs if self.options.prompt_logprobs else None,
             cache=cache,
             timings=self.timings,
+            captured=self.hooks.take(joined=False) if self.hooks else {},
             seed=self.options.sampling.seed,
             stop_strings=self.options.stop_strings,
         )
@@ -264,24 +283,29 @@ class Generation:
     def __init__(
         self,
         model: GenerationModel,
-        prompts: Sequence[Prompt],
-        options: Sequence[RowOptions],
-        caches: Sequence[Any],
+        rows: Sequence[_Row],
         softcap: float | None,
         stream: bool,
-        started: float,
     ) -> None:
         self._model = model
-        self._rows = [
-            _Row(*of_row, started) for of_row in zip(prompts, options, caches, strict=True)
-        ]
+        self._rows = rows
         self._session = model.new_session()
         self._numbers: list[int] = []
-        for row in self._rows:
+        for index, row in enumerate(self._rows):
             if stream or row.options.stop_strings:
                 row.read_text()
+            self._bind_hooks(row, index)
             self._numbers.append(self._session.submit(self._request(row, softcap)))
         self._bar = _PrefillBar(sum(len(row.prompt) for row in self._rows))
+
+    def _bind_hooks(self, row: _Row, index: int) -> None:
+        if not row.request:
+            return
+        span = Span(row.prompt, row.cache.length if row.cache is not None else 0)
+        text = self._model.config.text
+        new = row.options.max_new_tokens
+        capturing.check_memory(row.request, text, span, new, _core.DEFAULT_CHUNK)
+        row.hooks = capturing.BoundHooks(row.request, text, span, index)
 
     def _request(self, row: _Row, softcap: float | None) -> Any:
         options = row.options
@@ -302,6 +326,7 @@ class Generation:
         request.logprobs = options.logprobs or -1
         request.prompt_logprobs = options.prompt_logprobs or -1
         request.softcap = softcap
+        request.hooks = row.hooks.core if row.hooks else None
         return request
 
     @property

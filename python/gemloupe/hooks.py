@@ -1,23 +1,27 @@
-"""Names of hook points, and the patterns that choose them."""
+"""Names of hook points, their aliases, and the patterns that choose them."""
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gemloupe import _core
 from gemloupe.config import TextConfig
 from gemloupe.errors import close_matches, one_of, quoted
 
+_BEFORE = ":before"
+
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One place of a model that a run can show.
+    """One place of a model that a run can show and change.
 
-    `shape` in the letters T rows, D hidden size, N query heads, K key-value heads, H head size,
-    F feed-forward size, E experts, k experts per token, P per-layer input, L layers, V vocabulary.
+    `shape` in the letters T rows, S positions of the cache, D hidden size, N query heads, K
+    key-value heads, H head size, F feed-forward size, E experts, k experts per token, P per-layer
+    input, L layers, V vocabulary.
     """
 
     name: str
@@ -26,6 +30,22 @@ class HookPoint:
     """Its row in the engine's table."""
     layer: int
     """-1 outside the layers."""
+    editable: bool = True
+    transformers: str = ""
+    """Path of the module from transformers' text model whose output this is (".input": its input,
+    ".output.1": the second of several outputs); "" where no module has it."""
+    transformer_lens: str = ""
+    """TransformerLens's name; "" where it has none."""
+
+
+def before(name: str) -> str:
+    """The name of a point's value before the edits of that point, for `capture` and `run[...]`."""
+    return name if name.endswith(_BEFORE) else name + _BEFORE
+
+
+def split_before(name: str) -> tuple[str, bool]:
+    """Returns the name without the mark that `before` adds, and whether it was there."""
+    return name.removesuffix(_BEFORE), name.endswith(_BEFORE)
 
 
 def hook_points(config: TextConfig) -> dict[str, HookPoint]:
@@ -36,26 +56,35 @@ def hook_points(config: TextConfig) -> dict[str, HookPoint]:
 @functools.lru_cache(maxsize=16)
 def _hook_points(config: TextConfig) -> dict[str, HookPoint]:
     table = list(enumerate(_core.hook_points()))
-    before = [(i, row) for i, row in table if not row[1] and row[0].startswith(("embed", "per"))]
-    inside = [(i, row) for i, row in table if row[1]]
-    after = [(i, row) for i, row in table if not row[1] and (i, row) not in before]
+    first = next(i for i, row in table if row[1])
     points: dict[str, HookPoint] = {}
-    for i, (name, _, shape) in before:
-        if name == "embed" or config.hidden_size_per_layer_input:
-            points[name] = HookPoint(name, shape, i, -1)
+
+    def add(index: int, layer: int) -> None:
+        name, _, shape, editable, transformers, lens = table[index][1]
+        full = f"layers.{layer}.{name}" if layer >= 0 else name
+        names = (text.replace("{i}", str(layer)) for text in (transformers, lens))
+        points[full] = HookPoint(full, shape, index, layer, editable, *names)
+
+    for i, row in table[:first]:
+        if row[0] == "embed" or config.hidden_size_per_layer_input:
+            add(i, -1)
     for layer in range(config.num_hidden_layers):
-        for i, (name, _, shape) in inside:
-            if _layer_has(config, layer, name):
-                full = f"layers.{layer}.{name}"
-                points[full] = HookPoint(full, shape, i, layer)
-    for i, (name, _, shape) in after:
-        points[name] = HookPoint(name, shape, i, -1)
+        for i, row in table:
+            if row[1] and _layer_has(config, layer, row[0]):
+                add(i, layer)
+    for i, row in table[first:]:
+        if not row[1]:
+            add(i, -1)
     return points
+
+
+_OWN_KV = ("attn.k_proj", "attn.v_proj", "attn.k", "attn.v", "attn.rot_k")
 
 
 def _layer_has(config: TextConfig, layer: int, name: str) -> bool:
     spec = config.layers[layer]
-    if name in ("attn.k_proj", "attn.v_proj", "attn.k", "attn.v", "attn.rot_k"):
+    name = name.removesuffix(".scale")
+    if name in _OWN_KV:
         return spec.kv_source == layer
     if name.startswith(("router.", "experts.")) or name == "mlp.post":
         return spec.has_experts
@@ -64,34 +93,114 @@ def _layer_has(config: TextConfig, layer: int, name: str) -> bool:
     return True
 
 
+def point_shape(point: HookPoint, config: TextConfig) -> tuple[int, ...]:
+    """The shape of one row: `point.shape` without T; -1 for S, and [S] for scores and patterns."""
+    letters = point.shape.strip("[]").split(", ")
+    if "N, T, S" in point.shape:
+        return (-1,)
+    sizes = {
+        "1": 1,
+        "D": config.hidden_size,
+        "E": config.num_experts,
+        "k": config.top_k_experts,
+        "P": config.hidden_size_per_layer_input,
+        "L": config.num_hidden_layers,
+        "V": config.vocab_size,
+    }
+    if point.layer >= 0:
+        layer = config.layers[point.layer]
+        sizes |= {
+            "N": config.num_attention_heads,
+            "K": config.layers[layer.kv_source].num_kv_heads,
+            "H": layer.head_dim,
+            "F": layer.intermediate_size,
+        }
+        if ".experts." in point.name:
+            sizes["F"] = config.moe_intermediate_size
+    return tuple(sizes[letter] for letter in letters[1:])
+
+
+@functools.lru_cache(maxsize=16)
+def _aliases(config: TextConfig) -> dict[str, str]:
+    """Names of transformers (without the text model's prefix) and TransformerLens -> ours."""
+    aliases: dict[str, str] = {}
+    for point in hook_points(config).values():
+        for alias in (point.transformers, point.transformer_lens):
+            if alias:
+                aliases.setdefault(alias, point.name)
+    return aliases
+
+
+_PREFIXES = re.compile(r"^(model\.)?(language_model\.)?")
+
+
+def canonical(name: str, config: TextConfig) -> str:
+    """Returns our name for an alias (without wildcards), or `name` itself."""
+    plain, is_before = split_before(name)
+    found = _expand_alias(plain, config)
+    full = found[0] if len(found) == 1 else plain
+    return before(full) if is_before else full
+
+
+def _expand_alias(pattern: str, config: TextConfig) -> list[str]:
+    aliases = _aliases(config)
+    short = _PREFIXES.sub("", pattern)
+    for candidate in (pattern, short, re.sub(r"\.output(\.0)?$", "", short)):
+        matches = fnmatch.filter(aliases, candidate)
+        if matches:
+            # "layers.*" of transformers' paths is a whole layer's output, not all points in it.
+            depth = candidate.count(".")
+            same = [alias for alias in matches if alias.count(".") == depth]
+            return [aliases[alias] for alias in same or matches]
+    return []
+
+
 def select(patterns: str | Iterable[str], config: TextConfig) -> tuple[list[HookPoint], list[str]]:
     """The points that the patterns (`*`, `?`, `[…]`) name, in model order, and what was skipped.
 
-    Skipped are layers of a pattern that lack the point, such as `layers.7.attn.k` of a layer that
-    reads another layer's keys. KeyError with close matches for a pattern that matches nothing.
+    Names of transformers' modules and of TransformerLens's hooks work too. Skipped are layers of a
+    pattern that lack the point, such as `layers.7.attn.k` of a layer that reads another layer's
+    keys. KeyError with close matches for a pattern that matches nothing.
     """
-    points = hook_points(config)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     chosen: set[str] = set()
     skipped: set[str] = set()
-    every_layer = [
+    for pattern in wanted:
+        names, lacking = match(pattern, config)
+        chosen.update(names)
+        skipped.update(lacking)
+    points = hook_points(config)
+    return [point for name, point in points.items() if name in chosen], sorted(skipped)
+
+
+def match(pattern: str, config: TextConfig) -> tuple[list[str], list[str]]:
+    """Returns the names of the points that one pattern chooses, and of those that layers lack."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"a hook point is {quoted(pattern)}; expected its name or a pattern")
+    points = hook_points(config)
+    if pattern in points:
+        return [pattern], []
+    names = fnmatch.filter(points, pattern)
+    lacking = [name for name in fnmatch.filter(_every_layer(config), pattern) if name not in points]
+    if not names:
+        names = _expand_alias(pattern, config)
+    if not names:
+        raise KeyError(_no_match(pattern, lacking, points, config))
+    return names, lacking
+
+
+@functools.lru_cache(maxsize=16)
+def _every_layer(config: TextConfig) -> list[str]:
+    return [
         f"layers.{layer}.{row[0]}"
         for layer in range(config.num_hidden_layers)
         for row in _core.hook_points()
         if row[1]
     ]
-    for pattern in wanted:
-        matches = fnmatch.filter(points, pattern)
-        lacking = [name for name in fnmatch.filter(every_layer, pattern) if name not in points]
-        if not matches:
-            raise KeyError(_no_match(pattern, lacking, points, config))
-        chosen.update(matches)
-        skipped.update(lacking)
-    return [point for name, point in points.items() if name in chosen], sorted(skipped)
 
 
 def _no_match(
-    pattern: str, lacking: list[str], points: dict[str, HookPoint], config: TextConfig
+    pattern: str, lacking: list[str], points: Mapping[str, HookPoint], config: TextConfig
 ) -> str:
     if lacking and ".attn." in lacking[0]:
         layer = int(lacking[0].split(".")[1])
@@ -100,7 +209,8 @@ def _no_match(
             there = lacking[0].replace(str(layer), str(source), 1)
             return (
                 f"{quoted(pattern)}: layer {layer} has no keys and values of its own, it reads "
-                f"those of layer {source}; capture {quoted(there)}"
+                f"those of layer {source}; capture {quoted(there)}, or "
+                f"{quoted(f'layers.{layer}.attn.keys')} for what it reads"
             )
     matches = close_matches(pattern, points)
     hint = f"did you mean {one_of(matches)}?" if matches else "gl.hook_points(model) lists them all"

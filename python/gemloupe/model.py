@@ -7,9 +7,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gemloupe import _core, generation, recipe, sizes
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
+from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
@@ -335,7 +338,15 @@ class Model:
         cache: a `KvCache` to append to (a list of them for a batch); without one a new cache.
             If the call raises, the cache is as it was.
         capture: hook points by name or pattern, such as "layers.*.resid_post"; their values are
-            `run[name]`. KeyError with close matches for a pattern that matches nothing.
+            `run[name]`. Names of transformers' modules and of TransformerLens's hooks work too. A
+            mapping says which positions: {"layers.*.resid_post": gl.at(-1)}. The values are those
+            after edits, `gl.before(name)` those before. KeyError with close matches for a pattern
+            that matches nothing; MemoryError, before computing, for what will not fit.
+        edit: a mapping from hook points to changes (`gl.edits`, an array, or a function fn(x) or
+            fn(x, at), see `gl.edits.function`; a list of them), or a list of mappings; they apply
+            in the order written, and later computation uses the edited values. In a batch, a list
+            is one entry a row. Nothing remains after the call.
+        check_finite: ValueError for edits that write NaN or infinity.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
         softcap: "config", a number, or None for uncapped logits.
         thinking, bos: as in `prepare`.
@@ -388,6 +399,29 @@ class Model:
                 separate_keys,
             )
         )
+
+    def unembed(
+        self,
+        x: Any,
+        norm: bool = True,
+        softcap: bool = True,
+        vocab: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Logits of residual streams x [T, D] (or [D]): float32 [T, V], or [T, n] of `vocab` ids.
+
+        `norm` applies the final norm before, `softcap` the config's soft-cap after; with both, the
+        last layer's resid_post gives the model's logits. ValueError for another width.
+        """
+        rows = as_float32(x, "x")
+        if rows.ndim not in (1, 2) or rows.shape[-1] != self.config.text.hidden_size:
+            raise ValueError(
+                f"unembed: x has shape {list(rows.shape)}; expected [T, "
+                f"{self.config.text.hidden_size}] (hidden_size)"
+            )
+        ids = [] if vocab is None else [int(token) for token in vocab]
+        if vocab is not None and not ids:
+            return np.zeros((len(np.atleast_2d(rows)), 0), np.float32)
+        return self.core.unembed(np.atleast_2d(rows), norm, None if softcap else 0.0, ids)
 
     def explain(self) -> _inspect.Report:
         """What this model is made of: layers, sharing, parameters, bytes; print it."""

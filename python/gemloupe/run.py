@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe import _core, hooks
+from gemloupe import _core, capturing
 from gemloupe.cache import KvCache, row_caches
-from gemloupe.config import TextConfig
-from gemloupe.errors import did_you_mean, one_of, quoted
+from gemloupe.errors import one_of
+from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.sampling import softcap_value
 
@@ -28,7 +28,7 @@ class Run:
     prompt: Prompt
     logits: np.ndarray | None
     """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None."""
-    captured: Mapping[str, np.ndarray]
+    captured: capturing.Captured
     """name -> float32 [T, …], read-only."""
     cache: KvCache
     """The KV cache after the pass."""
@@ -37,25 +37,33 @@ class Run:
     skipped: tuple[str, ...] = field(default=())
     """Points of a pattern that their layers don't have."""
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        try:
-            return self.captured[name]
-        except KeyError:
-            hint = did_you_mean(name, self.captured)
-            raise KeyError(f"{quoted(name)} was not captured. {hint}".rstrip()) from None
+    def __getitem__(self, name: str) -> Any:
+        return self.captured[name]
+
+    def positions_of(self, name: str) -> np.ndarray:
+        """The absolute positions of the rows that were captured at a point."""
+        return self.captured.positions_of(name)
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self.captured)
 
-    def __repr__(self) -> str:
+    def _rows(self) -> list[tuple[str, str]]:
         rows = [("tokens", str(len(self.prompt)))]
         if self.logits is not None:
             rows.append(("logits", str(list(self.logits.shape))))
-        rows += [(name, str(list(array.shape))) for name, array in list(self.captured.items())[:12]]
+        rows += [(name, _shape_text(value)) for name, value in list(self.captured.items())[:12]]
         if len(self.captured) > 12:
             rows.append(("…", f"{len(self.captured)} captured in all"))
+        return rows
+
+    def __repr__(self) -> str:
+        rows = self._rows()
         width = max(len(name) for name, _ in rows)
         return "Run\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _shape_text(value: Any) -> str:
+    return f"{len(value)} passes" if isinstance(value, list) else str(list(value.shape))
 
 
 def run(
@@ -63,21 +71,28 @@ def run(
     x: Any,
     *,
     cache: KvCache | Sequence[KvCache | None] | None = None,
-    capture: str | Iterable[str] = (),
+    capture: str | Iterable[str] | Mapping[str, Any] = (),
+    edit: Any = None,
     logits: LogitsRows = "last",
     softcap: float | str | None = "config",
     thinking: bool = False,
     bos: bool | str = "auto",
     chunk: int = _core.DEFAULT_CHUNK,
+    check_finite: bool = False,
 ) -> Run | list[Run]:
     batch = is_batch(x)
-    caches = row_caches(cache, len(x) if batch else None)
+    rows = len(x) if batch else None
+    caches = row_caches(cache, rows)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
     continued = any(given is not None and given.length > 0 for given in caches)
     prompts = model.prepare(x, thinking=thinking, bos=False if continued and bos == "auto" else bos)
-    points, skipped = hooks.select(capture, model.config.text) if capture else ([], [])
-    if logits is None and (heads := [p.name for p in points if p.name.startswith("logits")]):
+    requests = [
+        capturing.parse(capture, of_row, model.config.text, check_finite)
+        for of_row in capturing.row_edits(edit, rows)
+    ]
+    names = [wanted.point.name for wanted in requests[0].wanted]
+    if logits is None and (heads := [name for name in names if name.startswith("logits")]):
         raise ValueError(
             f'capture has {one_of(heads)}, but logits is None; expected "last", "all" or a slice: '
             "only the rows that it asks for have logits"
@@ -86,8 +101,9 @@ def run(
     runs = []
     before = [(given, given.fork()) for given in caches if given is not None and batch]
     try:
-        for prompt, given in zip(prompts if batch else [prompts], caches, strict=True):
-            runs.append(_run_row(model, prompt, given, logits, points, skipped, cap, chunk))
+        for i, prompt in enumerate(prompts if batch else [prompts]):
+            options = _RowOptions(i, caches[i], logits, requests[i], cap, chunk)
+            runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
             given.core.restore(fork.core)
@@ -95,27 +111,34 @@ def run(
     return runs if batch else runs[0]
 
 
-def _run_row(
-    model: Model,
-    prompt: Prompt,
-    given: KvCache | None,
-    logits: LogitsRows,
-    points: Sequence[hooks.HookPoint],
-    skipped: Sequence[str],
-    cap: float | None,
-    chunk: int,
-) -> Run:
-    used = given if given is not None else model.new_cache()
-    first = used.length
-    begin, end = _logits_rows(logits, len(prompt))
-    wanted = [(point.index, point.layer) for point in points]
-    values, captured = model.core.run(
-        prompt.ids.tolist(), used.core, begin, end, wanted, cap, chunk
-    )
+@dataclass(frozen=True)
+class _RowOptions:
+    row: int
+    cache: KvCache | None
+    logits: LogitsRows
+    request: capturing.Request
+    cap: float | None
+    chunk: int
+
+
+def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
+    used = options.cache if options.cache is not None else model.new_cache()
     text = model.config.text
-    shaped = {point.name: _shaped(captured[point.name], point, text) for point in points}
-    positions = np.arange(first, first + len(prompt))
-    return Run(prompt, values, shaped, used, positions, tuple(skipped))
+    span = Span(prompt, used.length)
+    request = options.request
+    begin, end = _logits_rows(options.logits, len(prompt))
+    bound = None
+    if request:
+        capturing.check_memory(request, text, span, 0, options.chunk)
+        bound = capturing.BoundHooks(request, text, span, options.row)
+        bound.core.expected_rows = len(prompt)
+    values = model.core.run(
+        prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
+        options.chunk,
+    )  # fmt: skip
+    captured = bound.take(joined=True) if bound else capturing.Captured({}, {}, text)
+    positions = np.arange(span.first, span.end)
+    return Run(prompt, values, captured, used, positions, request.skipped)
 
 
 def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:
@@ -131,17 +154,3 @@ def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:
     if logits == "all":
         return 0, count
     raise ValueError(f'logits is {logits!r}; expected "last", "all", None or a slice')
-
-
-def _shaped(array: np.ndarray, point: hooks.HookPoint, config: TextConfig) -> np.ndarray:
-    """Gives captured rows [T, columns] the shape of their hook point."""
-    per_layer = config.hidden_size_per_layer_input
-    sizes = {"T": len(array), "L": config.num_hidden_layers, "P": per_layer}
-    if point.layer >= 0:
-        sizes["H"] = config.layers[point.layer].head_dim
-    letters = point.shape.strip("[]").split(", ")
-    shaped = array.reshape([sizes.get(letter, -1) for letter in letters])
-    if point.name.endswith("router.experts"):
-        shaped = shaped.astype(np.int32)
-        shaped.flags.writeable = False
-    return shaped

@@ -1,0 +1,47 @@
+#include "layers/pass_context.h"
+
+namespace gemloupe {
+
+bool PassContext::VisitSegment(size_t segment, Site site, Matrix x) const {
+  Hooks* wanted = hooks->of_segment[segment];
+  if (wanted == nullptr || !hooks->status.ok()) return false;
+  site.layer = layer;
+  site.decoding = wanted->decoding();
+  site.step = wanted->step();
+  const StatusOr<bool> changed = wanted->Visit(site, x);
+  if (changed.ok()) return *changed;
+  hooks->status = changed.status();
+  return true;
+}
+
+void PassContext::VisitSegments(HookPoint point, Matrix x, std::span<const int32_t> experts,
+                                std::vector<uint8_t>* changed) const {
+  const size_t chosen = experts.size() / static_cast<size_t>(std::max<int64_t>(1, x.rows));
+  for (size_t i = 0; i < batch->segments.size(); ++i) {
+    const Segment& segment = batch->segments[i];
+    const auto row = static_cast<size_t>(segment.row);
+    const auto rows = static_cast<size_t>(segment.rows);
+    if (rows == 0 || !Wants(point, i)) continue;
+    Site site;
+    site.point = point;
+    site.positions = std::span(batch->positions).subspan(row, rows);
+    if (chosen > 0) site.experts = experts.subspan(row * chosen, rows * chosen);
+    const bool edited = VisitSegment(i, site, x.RowRange(segment.row, segment.rows));
+    if (changed != nullptr && edited) (*changed)[i] = 1;
+  }
+}
+
+bool PassContext::Wants(HookPoint point, size_t segment) const {
+  if (hooks == nullptr) return false;
+  const Hooks* wanted = hooks->of_segment[segment];
+  return wanted != nullptr && wanted->Wants(point, layer);
+}
+
+bool PassContext::Wants(HookPoint point) const {
+  for (size_t i = 0; hooks != nullptr && i < hooks->of_segment.size(); ++i) {
+    if (Wants(point, i)) return true;
+  }
+  return false;
+}
+
+}  // namespace gemloupe
