@@ -100,7 +100,8 @@ void KvCache::Write(int layer, int64_t position, ConstMatrix keys, ConstMatrix v
   for (int64_t row = 0; row < keys.rows; ++row) {
     const int64_t at = position + row;
     const auto block = static_cast<size_t>(at / kKvBlock - stored.first_block);
-    WriteKv(layout, stored.blocks[block]->data(), at % kKvBlock, keys.row(row), values.row(row));
+    WriteKeys(layout, stored.blocks[block]->data(), at % kKvBlock, keys.row(row));
+    WriteValues(layout, stored.blocks[block]->data(), at % kKvBlock, values.row(row));
   }
 }
 
@@ -167,10 +168,9 @@ void KvCache::AppendRandom(const std::vector<int32_t>& ids, uint32_t seed) {
   }
 }
 
-Status KvCache::Truncate(int64_t length) {
-  if (length == this->length()) return absl::OkStatus();
+Status KvCache::CheckHeld(const char* operation, int64_t length) const {
   if (length < options_.start || length > this->length()) {
-    return absl::OutOfRangeError(absl::StrCat("truncate: length is ", length, ", expected ",
+    return absl::OutOfRangeError(absl::StrCat(operation, ": length is ", length, ", expected ",
                                               options_.start, " to ", this->length(),
                                               " (the positions held by this cache)"));
   }
@@ -182,11 +182,17 @@ Status KvCache::Truncate(int64_t length) {
   }
   if (length < smallest) {
     return absl::OutOfRangeError(
-        absl::StrCat("truncate: length is ", length,
+        absl::StrCat(operation, ": length is ", length,
                      ", but the sliding layers hold the window of positions from ", smallest,
-                     " on only; truncate to ", smallest,
+                     " on only; ", operation, " to ", smallest,
                      " or more, or make the cache with sliding=\"full\" to keep every position"));
   }
+  return absl::OkStatus();
+}
+
+Status KvCache::Truncate(int64_t length) {
+  if (length == this->length()) return absl::OkStatus();
+  GL_RETURN_IF_ERROR(CheckHeld("truncate", length));
   tokens_.resize(static_cast<size_t>(length - options_.start));
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = storage_[i];
@@ -194,6 +200,40 @@ Status KvCache::Truncate(int64_t length) {
     while (static_cast<int64_t>(layer.blocks.size()) > keep) layer.blocks.pop_back();
   }
   return absl::OkStatus();
+}
+
+Status KvCache::Rewind(int64_t length) {
+  if (length == this->length()) return absl::OkStatus();
+  GL_RETURN_IF_ERROR(CheckHeld("rewind", length));
+  tokens_.resize(static_cast<size_t>(length - options_.start));
+  return absl::OkStatus();
+}
+
+void KvCache::SeparateKeys(int layer) {
+  GL_CHECK(IsSource(layer));
+  const auto index = static_cast<size_t>(layer);
+  const KvBlockLayout derived = layouts_[index];
+  if (!derived.derived) return;
+  KvBlockLayout separate = derived;
+  separate.derived = false;
+  const auto row = static_cast<size_t>(derived.num_heads * derived.head_dim);
+  std::vector<float> keys(row), values(row), scales(static_cast<size_t>(derived.num_heads));
+  std::vector<uint8_t> bits(static_cast<size_t>(derived.num_heads * derived.value_bytes()));
+  std::vector<std::shared_ptr<AlignedBuffer>> blocks;
+  for (const auto& block : storage_[index].blocks) {
+    auto converted = std::make_shared<AlignedBuffer>(static_cast<size_t>(separate.bytes()));
+    for (int64_t at = 0; at < kKvBlock; ++at) {
+      ReadKv(derived, layers_[index].key_weight->data(), block->data(), at, keys.data(),
+             values.data());
+      WriteKeys(separate, converted->data(), at, keys.data());
+      ReadValueBits(derived, block->data(), at, bits.data(), scales.data());
+      WriteValueBits(separate, converted->data(), at, bits.data(), scales.data());
+    }
+    blocks.push_back(std::move(converted));
+  }
+  layouts_[index] = separate;
+  storage_[index].blocks = std::move(blocks);
+  storage_[index].spare.clear();
 }
 
 std::shared_ptr<KvCache> KvCache::Fork() const {
@@ -204,6 +244,7 @@ std::shared_ptr<KvCache> KvCache::Fork() const {
 
 void KvCache::Restore(const KvCache& other) {
   tokens_ = other.tokens_;
+  layouts_ = other.layouts_;
   for (size_t i = 0; i < storage_.size(); ++i) {
     storage_[i].first_block = other.storage_[i].first_block;
     storage_[i].blocks = other.storage_[i].blocks;

@@ -80,6 +80,12 @@ class KvCache {
   // Drops positions ≥ length. OutOfRange, naming the smallest length possible, where a sliding layer
   // no longer holds the window before it.
   Status Truncate(int64_t length);
+  // Makes positions ≥ length writable again and keeps every block and entry: the next pass replaces
+  // entries layer by layer, and a layer that it doesn't write keeps its own. OutOfRange as Truncate.
+  Status Rewind(int64_t length);
+  // Stores the keys of `layer`, a source, whole from now on: as Read gives them, rounded to the cache's
+  // dtype. Values keep their bits, forks their layout. Also within a pass.
+  void SeparateKeys(int layer);
   // An independent cache with the same content. Cheap: blocks are copied when one of the two writes.
   std::shared_ptr<KvCache> Fork() const;
   // Takes over the content of `other`, a fork of this cache.
@@ -104,6 +110,8 @@ class KvCache {
   size_t BlockBytes(int layer) const {
     return static_cast<size_t>(layouts_[static_cast<size_t>(layer)].bytes());
   }
+  // OutOfRange where a query at `length` would see positions that are not held.
+  Status CheckHeld(const char* operation, int64_t length) const;
   bool IsSource(int layer) const { return layers_[static_cast<size_t>(layer)].source == layer; }
 
   std::vector<KvLayerSpec> layers_;
