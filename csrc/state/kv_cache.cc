@@ -18,9 +18,9 @@ KvBlockLayout LayoutOf(const KvLayerSpec& spec, const KvCacheOptions& options) {
   layout.dtype = options.dtype;
   layout.num_heads = spec.num_heads;
   layout.head_dim = spec.head_dim;
-  layout.pairs = spec.rotated_pairs;
+  layout.pairs = spec.rope.pairs;
   layout.derived =
-      spec.values_are_keys && !options.separate_keys && 2 * spec.rotated_pairs < spec.head_dim;
+      spec.values_are_keys && !options.separate_keys && 2 * spec.rope.pairs < spec.head_dim;
   return layout;
 }
 
@@ -67,6 +67,14 @@ KvStorage KvCache::storage(int layer) const {
   return layouts_[source].derived ? KvStorage::kDerived : KvStorage::kSeparate;
 }
 
+uint64_t KvCache::shared_nbytes() const {
+  uint64_t bytes = 0;
+  for (const Layer& layer : storage_) {
+    for (const auto& block : layer.blocks) bytes += block.use_count() > 1 ? block->size() : 0;
+  }
+  return bytes;
+}
+
 void KvCache::Reserve(int64_t count) {
   const int64_t end = length() + count;
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -83,14 +91,20 @@ void KvCache::Reserve(int64_t count) {
     }
     // Blocks that this pass will write must not be shared with a fork.
     for (int64_t block = length() / kKvBlock; block <= last_block; ++block) {
-      std::shared_ptr<AlignedBuffer>& held =
-          layer.blocks[static_cast<size_t>(block - layer.first_block)];
-      if (held.use_count() == 1) continue;
-      auto copy = std::make_shared<AlignedBuffer>(held->size());
-      std::memcpy(copy->data(), held->data(), held->size());
-      held = std::move(copy);
+      WritableBlock(static_cast<int>(i), block);
     }
   }
+}
+
+uint8_t* KvCache::WritableBlock(int layer, int64_t block) {
+  Layer& stored = storage_[static_cast<size_t>(layer)];
+  auto& held = stored.blocks[static_cast<size_t>(block - stored.first_block)];
+  if (held.use_count() > 1) {
+    auto copy = std::make_shared<AlignedBuffer>(held->size());
+    std::memcpy(copy->data(), held->data(), held->size());
+    held = std::move(copy);
+  }
+  return held->data();
 }
 
 void KvCache::Write(int layer, int64_t position, ConstMatrix keys, ConstMatrix values) {
@@ -122,7 +136,7 @@ KvView KvCache::View(int layer) const {
 void KvCache::Advance(const int32_t* ids, int64_t count) {
   tokens_.insert(tokens_.end(), ids, ids + count);
   for (size_t i = 0; i < layers_.size(); ++i) {
-    if (layers_[i].window == 0 || options_.full_sliding) continue;
+    if (KeepsAll(static_cast<int>(i))) continue;
     Layer& layer = storage_[i];
     // The next query, at length(), sees positions from length() − window + 1 on.
     const int64_t oldest = std::max(options_.start, length() - layers_[i].window + 1);
@@ -247,6 +261,7 @@ void KvCache::Restore(const KvCache& other) {
   layouts_ = other.layouts_;
   for (size_t i = 0; i < storage_.size(); ++i) {
     storage_[i].first_block = other.storage_[i].first_block;
+    storage_[i].first_position = other.storage_[i].first_position;
     storage_[i].blocks = other.storage_[i].blocks;
     storage_[i].spare.clear();
   }
@@ -254,7 +269,8 @@ void KvCache::Restore(const KvCache& other) {
 
 int64_t KvCache::FirstPosition(int layer) const {
   const auto source = static_cast<size_t>(layers_[static_cast<size_t>(layer)].source);
-  return std::max(options_.start, storage_[source].first_block * kKvBlock);
+  const Layer& stored = storage_[source];
+  return std::max({options_.start, stored.first_block * kKvBlock, stored.first_position});
 }
 
 void KvCache::Read(int layer, int64_t begin, int64_t end, float* keys, float* values) const {

@@ -54,10 +54,10 @@ class KvCacheOf : public testing::TestWithParam<DType> {
     sliding.window = window;
     sliding.num_heads = full.num_heads = kHeads;
     sliding.head_dim = full.head_dim = kHeadDim;
-    sliding.rotated_pairs = kHeadDim / 2;
+    sliding.rope = {1e4f, 1.0f, kHeadDim, kHeadDim / 2};
     full.source = 1;
     full.values_are_keys = true;
-    full.rotated_pairs = kPairs;
+    full.rope = {1e6f, 1.0f, kHeadDim, kPairs};
     full.key_weight = std::make_shared<const Floats>(weight_);
     KvCacheOptions options;
     options.dtype = GetParam();
