@@ -6,6 +6,7 @@ model = gl.load("demo:edge")
 print(model.chat("What is 27 + 45?"))
 """
 
+from gemloupe import plot
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
 from gemloupe.conversion import convert
@@ -39,4 +40,5 @@ __all__ = [
     "estimate",
     "hook_points",
     "load",
+    "plot",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gemloupe import _core, generation, recipe, sizes
+from gemloupe import _core, cache_file, generation, recipe, sizes
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.cache import KvCache
@@ -386,8 +387,13 @@ class Model:
                 sliding == "full",
                 _core.DEFAULT_CHUNK,
                 separate_keys,
-            )
+            ),
+            self._fingerprint,
         )
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return cache_file.fingerprint(self)
 
     def explain(self) -> _inspect.Report:
         """What this model is made of: layers, sharing, parameters, bytes; print it."""
@@ -412,7 +418,7 @@ class Model:
         return cache.core
 
     def wrap_cache(self, core_cache: _core.KvCache) -> KvCache:
-        return KvCache(core_cache)
+        return KvCache(core_cache, self._fingerprint)
 
 
 __all__ = ["Model", "Prompt", "load"]
