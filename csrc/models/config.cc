@@ -145,7 +145,7 @@ std::vector<KvLayerSpec> MakeKvLayerSpecs(const TextConfig& config) {
                      .head_dim = layer.head_dim,
                      .source = layer.kv_source,
                      .values_are_keys = layer.values_are_keys,
-                     .rotated_pairs = layer.rotary_pairs,
+                     .rope = MakeRope(layer),
                      .key_weight = nullptr});
   }
   return specs;

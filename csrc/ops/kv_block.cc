@@ -32,6 +32,8 @@ const float* Scales(const uint8_t* block, int64_t offset) {
   return reinterpret_cast<const float*>(block + offset);
 }
 
+float* Scales(uint8_t* block, int64_t offset) { return reinterpret_cast<float*>(block + offset); }
+
 }  // namespace
 
 void WidenKv(float* dst, const void* src, DType dtype, int64_t n) {
@@ -42,29 +44,30 @@ void WidenKv(float* dst, const void* src, DType dtype, int64_t n) {
   }
 }
 
-void WriteKv(const KvBlockLayout& layout, uint8_t* block, int64_t at, const float* keys,
-             const float* values) {
+void WriteKeys(const KvBlockLayout& layout, uint8_t* block, int64_t at, const float* keys) {
   const int64_t half = layout.head_dim / 2;
   float* row = RowScratch(layout.head_dim);
   for (int64_t head = 0; head < layout.num_heads; ++head) {
     const float* key = keys + head * layout.head_dim;
-    const float* value = values + head * layout.head_dim;
-    auto* key_scale = reinterpret_cast<float*>(block + layout.key_scales(head)) + at;
-    auto* value_scale = reinterpret_cast<float*>(block + layout.value_scales(head)) + at;
-    uint8_t* stored_key = block + layout.keys(head) + at * layout.key_bytes();
-    uint8_t* stored_value = block + layout.values(head) + at * layout.value_bytes();
     if (layout.derived) {
       std::copy_n(key, layout.pairs, row);
       std::copy_n(key + half, layout.pairs, row + layout.pairs);
-      RoundRow(layout.dtype, stored_key, key_scale, row, layout.key_dims());
-      ForStoredDims(layout, [&](int64_t dim, int64_t stored, int64_t count) {
-        std::copy_n(value + dim, count, row + stored);
-      });
-      RoundRow(layout.dtype, stored_value, value_scale, row, layout.head_dim);
-    } else {
-      RoundRow(layout.dtype, stored_key, key_scale, key, layout.head_dim);
-      RoundRow(layout.dtype, stored_value, value_scale, value, layout.head_dim);
+      key = row;
     }
+    RoundRow(layout.dtype, block + layout.keys(head) + at * layout.key_bytes(),
+             Scales(block, layout.key_scales(head)) + at, key, layout.key_dims());
+  }
+}
+
+void WriteValues(const KvBlockLayout& layout, uint8_t* block, int64_t at, const float* values) {
+  float* row = RowScratch(layout.head_dim);
+  for (int64_t head = 0; head < layout.num_heads; ++head) {
+    const float* value = values + head * layout.head_dim;
+    ForStoredDims(layout, [&](int64_t dim, int64_t stored, int64_t count) {
+      std::copy_n(value + dim, count, row + stored);
+    });
+    RoundRow(layout.dtype, block + layout.values(head) + at * layout.value_bytes(),
+             Scales(block, layout.value_scales(head)) + at, row, layout.head_dim);
   }
 }
 
@@ -89,6 +92,50 @@ void ReadKv(const KvBlockLayout& layout, const float* key_weight, const uint8_t*
     } else {
       std::copy_n(row, layout.head_dim, key);
     }
+  }
+}
+
+void ReadKeyBits(const KvBlockLayout& layout, const uint8_t* block, int64_t at, uint8_t* bits,
+                 float* scales) {
+  for (int64_t head = 0; head < layout.num_heads; ++head) {
+    std::copy_n(block + layout.keys(head) + at * layout.key_bytes(), layout.key_bytes(),
+                bits + head * layout.key_bytes());
+    if (layout.scaled()) scales[head] = Scales(block, layout.key_scales(head))[at];
+  }
+}
+
+void WriteKeyBits(const KvBlockLayout& layout, uint8_t* block, int64_t at, const uint8_t* bits,
+                  const float* scales) {
+  for (int64_t head = 0; head < layout.num_heads; ++head) {
+    std::copy_n(bits + head * layout.key_bytes(), layout.key_bytes(),
+                block + layout.keys(head) + at * layout.key_bytes());
+    if (layout.scaled()) Scales(block, layout.key_scales(head))[at] = scales[head];
+  }
+}
+
+void ReadValueBits(const KvBlockLayout& layout, const uint8_t* block, int64_t at, uint8_t* bits,
+                   float* scales) {
+  const int64_t element = layout.element_bytes();
+  for (int64_t head = 0; head < layout.num_heads; ++head) {
+    const uint8_t* row = block + layout.values(head) + at * layout.value_bytes();
+    uint8_t* out = bits + head * layout.value_bytes();
+    ForStoredDims(layout, [&](int64_t dim, int64_t stored, int64_t count) {
+      std::copy_n(row + stored * element, count * element, out + dim * element);
+    });
+    if (layout.scaled()) scales[head] = Scales(block, layout.value_scales(head))[at];
+  }
+}
+
+void WriteValueBits(const KvBlockLayout& layout, uint8_t* block, int64_t at, const uint8_t* bits,
+                    const float* scales) {
+  const int64_t element = layout.element_bytes();
+  for (int64_t head = 0; head < layout.num_heads; ++head) {
+    uint8_t* row = block + layout.values(head) + at * layout.value_bytes();
+    const uint8_t* in = bits + head * layout.value_bytes();
+    ForStoredDims(layout, [&](int64_t dim, int64_t stored, int64_t count) {
+      std::copy_n(in + dim * element, count * element, row + stored * element);
+    });
+    if (layout.scaled()) Scales(block, layout.value_scales(head))[at] = scales[head];
   }
 }
 

@@ -61,14 +61,25 @@ void ForStoredDims(const KvBlockLayout& layout, Fn fn) {
   fn(half, 2 * half - pairs, pairs);
 }
 
-// Stores the rows keys [K · H] (after norm and RoPE) and values [K · H] at position `at` of a block.
-// Rounds to nearest even; int8: one scale for each head's row of keys and of values.
-void WriteKv(const KvBlockLayout& layout, uint8_t* block, int64_t at, const float* keys,
-             const float* values);
+// Stores the row keys [K · H] (after norm and RoPE), or values [K · H], at position `at` of a block.
+// Rounds to nearest even; int8: one scale for each head's row.
+void WriteKeys(const KvBlockLayout& layout, uint8_t* block, int64_t at, const float* keys);
+void WriteValues(const KvBlockLayout& layout, uint8_t* block, int64_t at, const float* values);
 
 // Reads position `at` back as float32. key_weight [H] is w where the storage is derived.
 void ReadKv(const KvBlockLayout& layout, const float* key_weight, const uint8_t* block, int64_t at,
             float* keys, float* values);
+
+// The stored bits of one position with dims in their own order: keys [K, key_dims] or values [K, H], and
+// their scales [K] where the layout is scaled (else unused). They are what a file holds.
+void ReadKeyBits(const KvBlockLayout& layout, const uint8_t* block, int64_t at, uint8_t* bits,
+                 float* scales);
+void ReadValueBits(const KvBlockLayout& layout, const uint8_t* block, int64_t at, uint8_t* bits,
+                   float* scales);
+void WriteKeyBits(const KvBlockLayout& layout, uint8_t* block, int64_t at, const uint8_t* bits,
+                  const float* scales);
+void WriteValueBits(const KvBlockLayout& layout, uint8_t* block, int64_t at, const uint8_t* bits,
+                    const float* scales);
 
 // dst[i] = src[i] as float32; int8 elements without their scale.
 void WidenKv(float* dst, const void* src, DType dtype, int64_t n);

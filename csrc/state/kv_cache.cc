@@ -18,9 +18,9 @@ KvBlockLayout LayoutOf(const KvLayerSpec& spec, const KvCacheOptions& options) {
   layout.dtype = options.dtype;
   layout.num_heads = spec.num_heads;
   layout.head_dim = spec.head_dim;
-  layout.pairs = spec.rotated_pairs;
+  layout.pairs = spec.rope.pairs;
   layout.derived =
-      spec.values_are_keys && !options.separate_keys && 2 * spec.rotated_pairs < spec.head_dim;
+      spec.values_are_keys && !options.separate_keys && 2 * spec.rope.pairs < spec.head_dim;
   return layout;
 }
 
@@ -67,6 +67,14 @@ KvStorage KvCache::storage(int layer) const {
   return layouts_[source].derived ? KvStorage::kDerived : KvStorage::kSeparate;
 }
 
+uint64_t KvCache::shared_nbytes() const {
+  uint64_t bytes = 0;
+  for (const Layer& layer : storage_) {
+    for (const auto& block : layer.blocks) bytes += block.use_count() > 1 ? block->size() : 0;
+  }
+  return bytes;
+}
+
 void KvCache::Reserve(int64_t count) {
   const int64_t end = length() + count;
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -83,14 +91,20 @@ void KvCache::Reserve(int64_t count) {
     }
     // Blocks that this pass will write must not be shared with a fork.
     for (int64_t block = length() / kKvBlock; block <= last_block; ++block) {
-      std::shared_ptr<AlignedBuffer>& held =
-          layer.blocks[static_cast<size_t>(block - layer.first_block)];
-      if (held.use_count() == 1) continue;
-      auto copy = std::make_shared<AlignedBuffer>(held->size());
-      std::memcpy(copy->data(), held->data(), held->size());
-      held = std::move(copy);
+      WritableBlock(static_cast<int>(i), block);
     }
   }
+}
+
+uint8_t* KvCache::WritableBlock(int layer, int64_t block) {
+  Layer& stored = storage_[static_cast<size_t>(layer)];
+  auto& held = stored.blocks[static_cast<size_t>(block - stored.first_block)];
+  if (held.use_count() > 1) {
+    auto copy = std::make_shared<AlignedBuffer>(held->size());
+    std::memcpy(copy->data(), held->data(), held->size());
+    held = std::move(copy);
+  }
+  return held->data();
 }
 
 void KvCache::Write(int layer, int64_t position, ConstMatrix keys, ConstMatrix values) {
@@ -100,7 +114,8 @@ void KvCache::Write(int layer, int64_t position, ConstMatrix keys, ConstMatrix v
   for (int64_t row = 0; row < keys.rows; ++row) {
     const int64_t at = position + row;
     const auto block = static_cast<size_t>(at / kKvBlock - stored.first_block);
-    WriteKv(layout, stored.blocks[block]->data(), at % kKvBlock, keys.row(row), values.row(row));
+    WriteKeys(layout, stored.blocks[block]->data(), at % kKvBlock, keys.row(row));
+    WriteValues(layout, stored.blocks[block]->data(), at % kKvBlock, values.row(row));
   }
 }
 
@@ -121,7 +136,7 @@ KvView KvCache::View(int layer) const {
 void KvCache::Advance(const int32_t* ids, int64_t count) {
   tokens_.insert(tokens_.end(), ids, ids + count);
   for (size_t i = 0; i < layers_.size(); ++i) {
-    if (layers_[i].window == 0 || options_.full_sliding) continue;
+    if (KeepsAll(static_cast<int>(i))) continue;
     Layer& layer = storage_[i];
     // The next query, at length(), sees positions from length() − window + 1 on.
     const int64_t oldest = std::max(options_.start, length() - layers_[i].window + 1);
@@ -167,10 +182,9 @@ void KvCache::AppendRandom(const std::vector<int32_t>& ids, uint32_t seed) {
   }
 }
 
-Status KvCache::Truncate(int64_t length) {
-  if (length == this->length()) return absl::OkStatus();
+Status KvCache::CheckHeld(const char* operation, int64_t length) const {
   if (length < options_.start || length > this->length()) {
-    return absl::OutOfRangeError(absl::StrCat("truncate: length is ", length, ", expected ",
+    return absl::OutOfRangeError(absl::StrCat(operation, ": length is ", length, ", expected ",
                                               options_.start, " to ", this->length(),
                                               " (the positions held by this cache)"));
   }
@@ -182,11 +196,17 @@ Status KvCache::Truncate(int64_t length) {
   }
   if (length < smallest) {
     return absl::OutOfRangeError(
-        absl::StrCat("truncate: length is ", length,
+        absl::StrCat(operation, ": length is ", length,
                      ", but the sliding layers hold the window of positions from ", smallest,
-                     " on only; truncate to ", smallest,
+                     " on only; ", operation, " to ", smallest,
                      " or more, or make the cache with sliding=\"full\" to keep every position"));
   }
+  return absl::OkStatus();
+}
+
+Status KvCache::Truncate(int64_t length) {
+  if (length == this->length()) return absl::OkStatus();
+  GL_RETURN_IF_ERROR(CheckHeld("truncate", length));
   tokens_.resize(static_cast<size_t>(length - options_.start));
   for (size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = storage_[i];
@@ -194,6 +214,40 @@ Status KvCache::Truncate(int64_t length) {
     while (static_cast<int64_t>(layer.blocks.size()) > keep) layer.blocks.pop_back();
   }
   return absl::OkStatus();
+}
+
+Status KvCache::Rewind(int64_t length) {
+  if (length == this->length()) return absl::OkStatus();
+  GL_RETURN_IF_ERROR(CheckHeld("rewind", length));
+  tokens_.resize(static_cast<size_t>(length - options_.start));
+  return absl::OkStatus();
+}
+
+void KvCache::SeparateKeys(int layer) {
+  GL_CHECK(IsSource(layer));
+  const auto index = static_cast<size_t>(layer);
+  const KvBlockLayout derived = layouts_[index];
+  if (!derived.derived) return;
+  KvBlockLayout separate = derived;
+  separate.derived = false;
+  const auto row = static_cast<size_t>(derived.num_heads * derived.head_dim);
+  std::vector<float> keys(row), values(row), scales(static_cast<size_t>(derived.num_heads));
+  std::vector<uint8_t> bits(static_cast<size_t>(derived.num_heads * derived.value_bytes()));
+  std::vector<std::shared_ptr<AlignedBuffer>> blocks;
+  for (const auto& block : storage_[index].blocks) {
+    auto converted = std::make_shared<AlignedBuffer>(static_cast<size_t>(separate.bytes()));
+    for (int64_t at = 0; at < kKvBlock; ++at) {
+      ReadKv(derived, layers_[index].key_weight->data(), block->data(), at, keys.data(),
+             values.data());
+      WriteKeys(separate, converted->data(), at, keys.data());
+      ReadValueBits(derived, block->data(), at, bits.data(), scales.data());
+      WriteValueBits(separate, converted->data(), at, bits.data(), scales.data());
+    }
+    blocks.push_back(std::move(converted));
+  }
+  layouts_[index] = separate;
+  storage_[index].blocks = std::move(blocks);
+  storage_[index].spare.clear();
 }
 
 std::shared_ptr<KvCache> KvCache::Fork() const {
@@ -204,8 +258,10 @@ std::shared_ptr<KvCache> KvCache::Fork() const {
 
 void KvCache::Restore(const KvCache& other) {
   tokens_ = other.tokens_;
+  layouts_ = other.layouts_;
   for (size_t i = 0; i < storage_.size(); ++i) {
     storage_[i].first_block = other.storage_[i].first_block;
+    storage_[i].first_position = other.storage_[i].first_position;
     storage_[i].blocks = other.storage_[i].blocks;
     storage_[i].spare.clear();
   }
@@ -213,7 +269,8 @@ void KvCache::Restore(const KvCache& other) {
 
 int64_t KvCache::FirstPosition(int layer) const {
   const auto source = static_cast<size_t>(layers_[static_cast<size_t>(layer)].source);
-  return std::max(options_.start, storage_[source].first_block * kKvBlock);
+  const Layer& stored = storage_[source];
+  return std::max({options_.start, stored.first_block * kKvBlock, stored.first_position});
 }
 
 void KvCache::Read(int layer, int64_t begin, int64_t end, float* keys, float* values) const {

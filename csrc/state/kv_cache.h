@@ -11,6 +11,7 @@
 #include "base/status.h"
 #include "base/tensor.h"
 #include "ops/attention.h"
+#include "ops/rope.h"
 
 namespace gemloupe {
 
@@ -21,7 +22,7 @@ struct KvLayerSpec {
   int64_t head_dim = 0;
   int source = 0;  // the layer that is read: its own index unless it shares another's entries
   bool values_are_keys = false;  // K = RoPE(w ⊙ V): see KvStorage
-  int64_t rotated_pairs = 0;     // of K's H / 2 pairs of dims
+  RopeSpec rope;                 // how K rotates
   // w [H], the weight of the key norm; needed where keys are derived.
   std::shared_ptr<const std::vector<float>> key_weight;
 };
@@ -39,6 +40,24 @@ struct KvCacheOptions {
   bool full_sliding = false;      // sliding layers keep every position, not only their window
   bool separate_keys = false;     // store K whole even where it could be derived
   uint64_t model_id = 0;          // the model whose keys and values these are
+};
+
+class KvCache;
+
+// Positions [begin, end) of a cache, the stuff of KvCache::Splice.
+struct KvPiece {
+  const KvCache* cache = nullptr;
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
+// The stored bits of S positions of one layer, dims in their own order: what a file holds. Rows of
+// keys are key_dims wide: where keys are derived, the rotated dims only.
+struct KvLayerBits {
+  std::vector<uint8_t> keys;        // [S, K, key_dims]
+  std::vector<uint8_t> values;      // [S, K, H]
+  std::vector<float> key_scales;    // [S, K] for int8, else empty
+  std::vector<float> value_scales;  // [S, K] for int8, else empty
 };
 
 // Keys (after norm and RoPE) and values of one sequence, by layer. Storage is a run of blocks of
@@ -60,6 +79,8 @@ class KvCache {
   const std::vector<KvLayerSpec>& layers() const { return layers_; }
   uint64_t nbytes() const;
   uint64_t layer_nbytes(int layer) const;
+  // Of nbytes, what a fork holds too.
+  uint64_t shared_nbytes() const;
   // How the entries that `layer` reads are stored.
   KvStorage storage(int layer) const;
 
@@ -80,10 +101,39 @@ class KvCache {
   // Drops positions ≥ length. OutOfRange, naming the smallest length possible, where a sliding layer
   // no longer holds the window before it.
   Status Truncate(int64_t length);
+  // Makes positions ≥ length writable again and keeps every block and entry: the next pass replaces
+  // entries layer by layer, and a layer that it doesn't write keeps its own. OutOfRange as Truncate.
+  Status Rewind(int64_t length);
+  // Stores the keys of `layer`, a source, whole from now on: as Read gives them, rounded to the cache's
+  // dtype. Values keep their bits, forks their layout. Also within a pass.
+  void SeparateKeys(int layer);
   // An independent cache with the same content. Cheap: blocks are copied when one of the two writes.
   std::shared_ptr<KvCache> Fork() const;
   // Takes over the content of `other`, a fork of this cache.
   void Restore(const KvCache& other);
+
+  // Edits, seen by the next pass; forks see nothing of them. InvalidArgument and OutOfRange name what
+  // can't be done and leave the cache as it was. (kv_cache_edit.cc)
+
+  // Replaces keys and values [n, K · H] of `layer`, a source, at `positions`, which it holds; a matrix
+  // without data leaves its part, bit for bit (derived keys are separated first).
+  Status Set(int layer, const std::vector<int64_t>& positions, ConstMatrix keys,
+             ConstMatrix values);
+  // Copies the entries of `layer`, a source, at `positions`, which both hold, from a cache of the same
+  // model: bit for bit where both store alike.
+  Status CopyFrom(const KvCache& other, int layer, const std::vector<int64_t>& positions);
+  // Becomes the sequence of `pieces`, of this cache or others of the same model: keys that change their
+  // position are rotated to the new one, with the float32 angles of both; tokens follow. OutOfRange
+  // where a sliding layer would need positions that are no longer held.
+  Status Splice(const std::vector<KvPiece>& pieces);
+
+  // Files. (kv_cache_bits.cc)
+
+  // The bits of the positions that `layer`, a source, holds.
+  KvLayerBits ReadBits(int layer) const;
+  // Makes an empty cache hold `tokens`, layer i (a source) from position first[i] on, with zeros.
+  Status Adopt(std::vector<int32_t> tokens, const std::vector<int64_t>& first);
+  Status WriteBits(int layer, const KvLayerBits& bits);
 
   // Positions that `layer` holds: [first, length).
   int64_t FirstPosition(int layer) const;
@@ -96,13 +146,25 @@ class KvCache {
 
  private:
   struct Layer {
-    int64_t first_block = 0;  // absolute number of blocks[0]
+    int64_t first_block = 0;     // absolute number of blocks[0]
+    int64_t first_position = 0;  // in blocks[0], where a splice left it incomplete
     std::vector<std::shared_ptr<AlignedBuffer>> blocks;
     std::vector<std::shared_ptr<AlignedBuffer>> spare;  // given back, reused before allocating
   };
 
   size_t BlockBytes(int layer) const {
     return static_cast<size_t>(layouts_[static_cast<size_t>(layer)].bytes());
+  }
+  // Block number `block` (absolute) of a source, made this cache's own.
+  uint8_t* WritableBlock(int layer, int64_t block);
+  Status CheckPositions(int layer, const std::vector<int64_t>& positions) const;
+  // The new position from which on `layer` has the entries of `pieces`; OutOfRange where that is not
+  // all that it needs.
+  StatusOr<int64_t> FirstSpliced(int layer, const std::vector<KvPiece>& pieces) const;
+  // OutOfRange where a query at `length` would see positions that are not held.
+  Status CheckHeld(const char* operation, int64_t length) const;
+  bool KeepsAll(int layer) const {
+    return layers_[static_cast<size_t>(layer)].window == 0 || options_.full_sliding;
   }
   bool IsSource(int layer) const { return layers_[static_cast<size_t>(layer)].source == layer; }
 

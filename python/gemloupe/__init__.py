@@ -6,7 +6,7 @@ model = gl.load("demo:edge")
 print(model.chat("What is 27 + 45?"))
 """
 
-from gemloupe import edits
+from gemloupe import edits, plot
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
 from gemloupe.capturing import at
@@ -44,4 +44,5 @@ __all__ = [
     "estimate",
     "hook_points",
     "load",
+    "plot",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gemloupe import _core, generation, recipe, sizes
+from gemloupe import _core, cache_file, generation, recipe, sizes
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.arrays import as_float32
@@ -397,7 +398,8 @@ class Model:
                 sliding == "full",
                 _core.DEFAULT_CHUNK,
                 separate_keys,
-            )
+            ),
+            self._fingerprint,
         )
 
     def unembed(
@@ -423,6 +425,10 @@ class Model:
             return np.zeros((len(np.atleast_2d(rows)), 0), np.float32)
         return self.core.unembed(np.atleast_2d(rows), norm, None if softcap else 0.0, ids)
 
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return cache_file.fingerprint(self)
+
     def explain(self) -> _inspect.Report:
         """What this model is made of: layers, sharing, parameters, bytes; print it."""
         return _inspect.describe(self.checkpoint)
@@ -446,7 +452,7 @@ class Model:
         return cache.core
 
     def wrap_cache(self, core_cache: _core.KvCache) -> KvCache:
-        return KvCache(core_cache)
+        return KvCache(core_cache, self._fingerprint)
 
 
 __all__ = ["Model", "Prompt", "load"]

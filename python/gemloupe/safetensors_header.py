@@ -54,6 +54,22 @@ def read_header(path: Path) -> list[TensorInfo]:
     Raises FileNotFoundError, and ValueError naming file, tensor, got and expected where the file
     is truncated, its header is malformed, or tensors overlap or leave holes.
     """
+    header = _read_json(path)
+    return parse_header(
+        header, data_begin=8 + len(header), file_size=path.stat().st_size, where=str(path)
+    )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the texts that the header holds beside the tensors; errors as in `read_header`."""
+    header = _read_json(path)
+    metadata = strict_json.parse_object(header, f"{path}, header").get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _refuse(str(path), "__metadata__", quoted(metadata), "an object of strings")
+    return metadata
+
+
+def _read_json(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. {_AGAIN}")
     size = path.stat().st_size
@@ -70,8 +86,7 @@ def read_header(path: Path) -> list[TensorInfo]:
                 f"{path}: the header's length is {length} bytes; expected 2 to {MAX_HEADER_BYTES}. "
                 "This is not a safetensors file, or it is damaged. " + _AGAIN
             )
-        header = file.read(length)
-    return parse_header(header, data_begin=8 + length, file_size=size, where=str(path))
+        return file.read(length)
 
 
 def parse_header(header: bytes, *, data_begin: int, file_size: int, where: str) -> list[TensorInfo]:

@@ -67,7 +67,7 @@ struct Sequence {
     spec.num_heads = size.kv_heads;
     spec.head_dim = size.head_dim;
     spec.values_are_keys = true;
-    spec.rotated_pairs = size.pairs;
+    spec.rope.pairs = size.pairs;
     spec.key_weight = std::make_shared<const Floats>(weight);
     KvCacheOptions options;
     options.dtype = dtype;
