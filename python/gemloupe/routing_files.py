@@ -291,7 +291,8 @@ def _write_parquet(trace: RouterTrace, path: Path) -> None:
     every = _repeated(trace, sizes)
     tokens = pa.array(trace.token_strings, pa.string()).dictionary_encode()
     spelled = tokens.take(pa.array(every["row"])).cast(pa.string())
-    with pq.ParquetWriter(path, schema, compression=compression, use_dictionary=["token"]) as file:
+    options = {"compression": compression, "use_dictionary": ["token"], "write_page_checksum": True}
+    with pq.ParquetWriter(path, schema, **options) as file:
         for index, layer in enumerate(sizes.layers):
             columns: dict[str, Any] = {
                 **every,
@@ -335,14 +336,14 @@ def _read_parquet(path: Path) -> RouterTrace:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             text = (file.schema_arrow.metadata or {}).get(FORMAT.encode())
             if text is None:
                 _refuse(path, "this is not a router trace", f"the metadata {FORMAT}")
             sizes = _Sizes.parse(text, path)
             _check_parquet(file, sizes, path)
             return _read_layers(file, sizes, path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = quoted(str(error))
         raise ValueError(
             f"{path}: not a Parquet file that can be read ({reason}). {_AGAIN}"

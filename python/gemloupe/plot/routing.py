@@ -83,7 +83,7 @@ def token_classes(trace: RouterTrace, layer: int, ax: Any = None) -> Any:
     image = ax.imshow(
         logs, aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-most, vmax=most
     )
-    image.cmap.set_bad(_ABSENT)
+    image.set_cmap(image.cmap.with_extremes(bad=_ABSENT))
     colour_bar(image, ax, "log2(lift)")
     ax.set_yticks(range(len(present)), [f"{name} ({counts[name]})" for name in present])
     ax.set(xlabel="expert", ylabel="class (tokens)", title=f"Experts by token class, layer {layer}")
@@ -94,8 +94,8 @@ def coactivation(trace: RouterTrace | RoutingStats, layer: int, ax: Any = None) 
     """Plots which experts of a layer are chosen together; returns the Axes.
 
     A heat map, experts x experts: of the tokens that chose the row's expert, the share that also
-    chose the column's. Grey: itself, and rows of experts that no token chose. ValueError where the layer
-    has no experts, or statistics were kept without co-activation.
+    chose the column's. Grey: itself, and rows of experts that no token chose. ValueError where the
+    layer has no experts, or statistics were kept without co-activation.
     """
     counts = trace.coactivation(layer).astype(np.float64)
     chosen = counts.diagonal()[:, None]
@@ -103,7 +103,7 @@ def coactivation(trace: RouterTrace | RoutingStats, layer: int, ax: Any = None) 
     np.fill_diagonal(share, np.nan)
     ax = new_axes(ax, (6.0, 5.0))
     image = ax.imshow(share, interpolation="nearest", cmap="viridis", vmin=0)
-    image.cmap.set_bad(_ABSENT)
+    image.set_cmap(image.cmap.with_extremes(bad=_ABSENT))
     colour_bar(image, ax, "share of the row's tokens")
     ax.set(xlabel="also chosen", ylabel="expert", title=f"Experts chosen together, layer {layer}")
     return ax
