@@ -6,7 +6,16 @@ model = gl.load("demo:edge")
 print(model.chat("What is 27 + 45?"))
 """
 
+from gemloupe import plot
 from gemloupe._core import __version__
+from gemloupe.analysis import (
+    attribution,
+    directional,
+    induction_scores,
+    logit_lens,
+    patching_grid,
+    steering_vector,
+)
 from gemloupe.cache import KvCache
 from gemloupe.conversion import convert
 from gemloupe.hooks import HookPoint
@@ -35,8 +44,15 @@ __all__ = [
     "Run",
     "Stream",
     "__version__",
+    "attribution",
     "convert",
+    "directional",
     "estimate",
     "hook_points",
+    "induction_scores",
     "load",
+    "logit_lens",
+    "patching_grid",
+    "plot",
+    "steering_vector",
 ]

@@ -1,1 +1,15 @@
 """Plots of what a model did, with matplotlib (the extra `plot`); every function returns Axes."""
+
+from gemloupe.plot.attention import attention
+from gemloupe.plot.attribution import attribution
+from gemloupe.plot.induction import induction
+from gemloupe.plot.lens import lens
+from gemloupe.plot.patching import patching
+
+__all__ = [
+    "attention",
+    "attribution",
+    "induction",
+    "lens",
+    "patching",
+]
