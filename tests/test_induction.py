@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import gemloupe as gl
 from gemloupe.analysis import induction_scores
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/demo_models"))
+import corpus
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +24,9 @@ def edge():
     ("demo", "layer", "head"), [("edge", 4, 1), ("moe", 2, 2), ("dense", 1, 2)]
 )
 def test_the_induction_heads_of_the_demo_models_are_found(demo, layer, head):
-    scores = induction_scores(gl.load(f"demo:{demo}", dtype="float32"), 24)
+    model = gl.load(f"demo:{demo}", dtype="float32")
+    words = [model.tokenizer.id("▁" + word) for word in corpus.WORDS]
+    scores = induction_scores(model, 24, ids=[word for word in words if word is not None])
     assert scores.top(1)[0][:2] == (layer, head)
     assert scores.values[layer, head] > 0.75
     assert scores.control[layer, head] < 0.05
@@ -52,12 +60,14 @@ def recorded_runs(model, *arguments, **named) -> list[list[int]]:
     return seen
 
 
-def test_inputs_are_bos_then_distinct_ordinary_tokens_repeated(edge):
+def test_inputs_are_bos_then_distinct_words_repeated(edge):
     (ids,) = recorded_runs(edge, 10, 3, seed=1)
     assert ids[0] == edge.config.bos_token_id and len(ids) == 31
     assert ids[1:11] == ids[11:21] == ids[21:31]
     assert len(set(ids[1:11])) == 10
-    assert not set(ids[1:]) & edge.tokenizer.special_ids
+    for piece in edge.tokenizer.tokens(ids[1:]):
+        assert piece.startswith("▁") and piece[1:].isalpha()
+    assert set(recorded_runs(edge, 3, 2, ids=[70, 71, 72])[0][1:]) == {70, 71, 72}
 
 
 def test_a_seed_gives_the_same_scores_and_another_seed_others(edge):
@@ -67,8 +77,6 @@ def test_a_seed_gives_the_same_scores_and_another_seed_others(edge):
 
 
 def test_layers_read_one_by_one_give_the_same_scores(edge, monkeypatch):
-    import sys
-
     whole = induction_scores(edge, 8, sequences=2)
     monkeypatch.setattr(sys.modules["gemloupe.analysis.induction"], "_BLOCK_BYTES", 1)
     np.testing.assert_allclose(
@@ -100,7 +108,8 @@ def test_a_window_shorter_than_the_repetition_sees_nothing(edge):
         ({"repeats": 1}, "repeats is 1; expected a number, 2 or more"),
         ({"sequences": 0}, "sequences is 0; expected a number, 1 or more"),
         ({"length": 900, "repeats": 10}, "makes 9001 tokens; the model takes 8192"),
-        ({"length": 1023}, "the vocabulary has 1000 ordinary tokens"),
+        ({"length": 1023}, r"length is 1023; expected at most \d+, the tokens to choose"),
+        ({"ids": [5, 5000]}, "token id 5000 is not in the vocabulary"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(edge, arguments, error):

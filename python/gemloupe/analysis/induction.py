@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemloupe.analysis import arguments
 from gemloupe.errors import quoted
 from gemloupe.progress import ProgressBar
 
@@ -53,7 +54,13 @@ class InductionScores:
 
 
 def induction_scores(
-    model: Model, length: int = 24, repeats: int = 2, seed: int = 0, *, sequences: int = 8
+    model: Model,
+    length: int = 24,
+    repeats: int = 2,
+    seed: int = 0,
+    *,
+    sequences: int = 8,
+    ids: Any = None,
 ) -> InductionScores:
     """Measures attention on random tokens that are repeated.
 
@@ -61,7 +68,8 @@ def induction_scores(
     mean attention from position t of a repetition to t − length + 1, the token that followed the
     same token the time before; a perfect induction head has 1 (Olsson et al., "In-context learning
     and induction heads", 2022). The control goes to a random earlier token instead. Mean over
-    `sequences` inputs drawn with `seed`: ordinary tokens, each at most once in a sequence.
+    `sequences` inputs drawn with `seed`, each token at most once in a sequence, from `ids`: None
+    for all tokens that begin a word. Heads may well do better on tokens that the model knows well.
 
     A layer with a sliding window W < length cannot see that far back: its scores are 0.
     Patterns are read a few layers at a time (256 MiB at most, unless one layer takes more).
@@ -81,9 +89,9 @@ def induction_scores(
             f"length {length} × repeats {repeats} makes {size} tokens; the model takes "
             f"{text.max_position_embeddings}"
         )
-    ordinary = _ordinary_ids(model)
-    if length > len(ordinary):
-        raise ValueError(f"length is {length}; the vocabulary has {len(ordinary)} ordinary tokens")
+    words = _word_ids(model) if ids is None else _given_ids(ids, model)
+    if length > len(words):
+        raise ValueError(f"length is {length}; expected at most {len(words)}, the tokens to choose")
     rng = np.random.default_rng(seed)
     shape = (text.num_hidden_layers, text.num_attention_heads)
     values, control = np.zeros(shape), np.zeros(shape)
@@ -91,14 +99,14 @@ def induction_scores(
     bos = model.config.bos_token_id
     with ProgressBar("induction heads") as bar:
         for sequence in range(sequences):
-            once = rng.choice(ordinary, length, replace=False)
-            ids = np.concatenate([[] if bos is None else [bos], np.tile(once, repeats)]).astype(int)
-            t = np.arange(len(ids) - length * (repeats - 1), len(ids))
+            once = rng.choice(words, length, replace=False)
+            x = np.concatenate([[] if bos is None else [bos], np.tile(once, repeats)]).astype(int)
+            t = np.arange(len(x) - length * (repeats - 1), len(x))
             elsewhere = _other_positions(t, t - length + 1, rng)
             for begin in range(0, shape[0], group):
                 layers = range(begin, min(begin + group, shape[0]))
                 names = [f"layers.{layer}.attn.pattern" for layer in layers]
-                run = model.run(ids, capture=names, logits=None)
+                run = model.run(x, capture=names, logits=None)
                 for layer, name in zip(layers, names, strict=True):
                     pattern = run[name]  # [N, T, S]
                     values[layer] += pattern[:, t, t - length + 1].mean(axis=1)
@@ -110,13 +118,21 @@ def induction_scores(
     )  # fmt: skip
 
 
-def _ordinary_ids(model: Model) -> np.ndarray:
-    """Returns the ids that are no special tokens."""
-    ids = np.arange(model.config.text.vocab_size)
+def _word_ids(model: Model) -> np.ndarray:
+    """Returns the ids of tokens that begin a word: a space, then two letters or more.
+
+    Bytes, marks, unused and special tokens are rare in texts, so that heads hardly know them.
+    All ids where the model has no tokenizer.
+    """
+    ids = range(model.config.text.vocab_size)
     if not model.tokenizer.exists:
-        return ids
-    special = np.isin(ids, list(model.tokenizer.special_ids))
-    return ids[~special & (ids < model.tokenizer.vocab_size)]
+        return np.array(ids)
+    pieces = zip(ids, model.tokenizer.tokens(ids), strict=True)
+    return np.array([i for i, p in pieces if p[0] == "\u2581" and len(p) > 2 and p[1:].isalpha()])
+
+
+def _given_ids(ids: Any, model: Model) -> np.ndarray:
+    return np.unique([arguments.token_id(index, model) for index in ids])
 
 
 def _other_positions(t: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -48,11 +48,11 @@ def write_cells(ax: Any, image: Any, texts: np.ndarray, fontsize: float = 7.0) -
     if texts.size > _MOST_TEXTS:
         return
     values = np.ma.masked_invalid(image.get_array())
-    shades = image.cmap(image.norm(values))[..., :3] @ np.array([0.299, 0.587, 0.114])
+    luminance = image.cmap(image.norm(values))[..., :3] ** 2.2 @ np.array([0.2126, 0.7152, 0.0722])
     empty = np.ma.getmaskarray(values)
     for (row, column), text in np.ndenumerate(texts):
         if text and not empty[row, column]:
-            written = "#111111" if shades[row, column] > 0.5 else "#f5f5f5"
+            written = "#111111" if luminance[row, column] > 0.18 else "#f5f5f5"
             ax.text(column, row, text, ha="center", va="center", color=written, fontsize=fontsize)
 
 
