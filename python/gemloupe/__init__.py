@@ -8,6 +8,14 @@ print(model.chat("What is 27 + 45?"))
 
 from gemloupe import edits, plot
 from gemloupe._core import __version__
+from gemloupe.analysis import (
+    attribution,
+    directional,
+    induction_scores,
+    logit_lens,
+    patching_grid,
+    steering_vector,
+)
 from gemloupe.cache import KvCache
 from gemloupe.capturing import at
 from gemloupe.conversion import convert
@@ -41,8 +49,16 @@ __all__ = [
     "before",
     "convert",
     "edits",
+    "attribution",
+    "convert",
+    "directional",
     "estimate",
     "hook_points",
+    "induction_scores",
     "load",
     "plot",
+    "logit_lens",
+    "patching_grid",
+    "plot",
+    "steering_vector",
 ]

@@ -6,3 +6,16 @@ __all__ = ["cache"]
 from gemloupe.plot.routing import coactivation, routing, routing_drift, token_classes
 
 __all__ = ["coactivation", "routing", "routing_drift", "token_classes"]
+from gemloupe.plot.attention import attention
+from gemloupe.plot.attribution import attribution
+from gemloupe.plot.induction import induction
+from gemloupe.plot.lens import lens
+from gemloupe.plot.patching import patching
+
+__all__ = [
+    "attention",
+    "attribution",
+    "induction",
+    "lens",
+    "patching",
+]

@@ -9,7 +9,7 @@ from gemloupe.errors import missing_extra
 
 # Mid-tones that stand out from white and from black; told apart with colour blindness (Okabe, Ito).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_INK = "#7f7f7f"
+INK = "#7f7f7f"
 _LONGEST_LABEL = 12
 
 
@@ -27,19 +27,19 @@ def new_axes(ax: Any = None, size: tuple[float, float] = (7.0, 4.0)) -> Any:
         figure.patch.set_alpha(0.0)
     ax.patch.set_alpha(0.0)
     for spine in ax.spines.values():
-        spine.set_color(_INK)
-    ax.tick_params(colors=_INK)
+        spine.set_color(INK)
+    ax.tick_params(colors=INK)
     for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
-        text.set_color(_INK)
+        text.set_color(INK)
     return ax
 
 
 def colour_bar(image: Any, ax: Any, label: str) -> None:
     """Adds a colour bar with the ink of the axes."""
     bar = ax.figure.colorbar(image, ax=ax)
-    bar.set_label(label, color=_INK)
-    bar.ax.tick_params(colors=_INK)
-    bar.outline.set_edgecolor(_INK)
+    bar.set_label(label, color=INK)
+    bar.ax.tick_params(colors=INK)
+    bar.outline.set_edgecolor(INK)
 
 
 def token_labels(tokens: Sequence[str]) -> list[str]:
