@@ -8,6 +8,7 @@ print(model.chat("What is 27 + 45?"))
 
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
+from gemloupe.comparison import compare, record_reference
 from gemloupe.conversion import convert
 from gemloupe.hooks import HookPoint
 from gemloupe.inspect import estimate
@@ -35,8 +36,10 @@ __all__ = [
     "Run",
     "Stream",
     "__version__",
+    "compare",
     "convert",
     "estimate",
     "hook_points",
     "load",
+    "record_reference",
 ]
