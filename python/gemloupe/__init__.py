@@ -18,6 +18,7 @@ from gemloupe.analysis import (
 )
 from gemloupe.cache import KvCache
 from gemloupe.capturing import at
+from gemloupe.comparison import compare, record_reference
 from gemloupe.conversion import convert
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "at",
     "before",
+    "compare",
     "convert",
     "edits",
     "attribution",
@@ -61,4 +63,5 @@ __all__ = [
     "patching_grid",
     "plot",
     "steering_vector",
+    "record_reference",
 ]

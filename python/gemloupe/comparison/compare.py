@@ -1,0 +1,389 @@
+"""`gl.compare`: runs two engines over the same ids and says where they part, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemloupe import hooks
+from gemloupe.comparison import contributions, walk
+from gemloupe.comparison import transformers_capture as hf
+from gemloupe.comparison.operations import Captured
+from gemloupe.comparison.recording import RecordedSide
+from gemloupe.comparison.report import Report
+from gemloupe.comparison.sides import (
+    Experts,
+    GemloupeSide,
+    Side,
+    TransformersSide,
+    check_same_shape,
+)
+from gemloupe.comparison.walk import OtherChoice, Pair, PointError, Walk
+from gemloupe.errors import one_of, quoted
+from gemloupe.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from gemloupe.model import Model
+    from gemloupe.prompt import Prompt
+
+# Captured values of one side that are in memory at a time; more points take several passes.
+_GROUP_BYTES = 1 << 30
+_BAR_POINTS = 1000
+
+
+def compare(
+    model: Model,
+    reference: Any,
+    inputs: Any = None,
+    *,
+    points: str | Iterable[str] = "*",
+    reference_dtype: str = "float32",
+    measure: str = "output",
+) -> Report:
+    """Compares a model with a reference at every hook point that both have.
+
+    `reference`: a Gemma 4 model of transformers as it was loaded (it is as it was afterwards), a
+    checkpoint folder or "demo:edge" (loaded with transformers in `reference_dtype`), another
+    gemloupe model, or a file of `gl.record_reference`. `inputs`: what `model.prepare` takes: ids,
+    text, a chat, a `Prompt`, or a batch; None takes the prompts of a recorded file. `points`:
+    names or patterns. Real models take what their passes take, and about as long again for float64.
+
+    A point whose values differ is re-run in float64 from the captured inputs of both sides, with
+    the model's weights. Where each side lies within the bound of its own result (computed from
+    operand norms and the dtypes' roundoff), the difference came in from before; else the point is
+    a divergence, and says which side is off, and which weights differ. For a reference that is not
+    float32, √hidden_size is aligned, and each error stands beside the reference's own |its dtype -
+    float32|: a ratio above 1.5 is a divergence. Tokens that take other experts are reported with
+    the gap of the reference's probabilities; the rest is then compared with the same experts
+    forced on one side. For a quantised model `contributions` ranks the tensors by the error of
+    their output on the reference's inputs, or with `measure="kl"` by the KL of the transformers
+    reference with that tensor alone rounded (a pass each).
+
+    Returns a `Report`. Raises ValueError for a reference of other sizes, hostile or foreign files
+    and unknown arguments, KeyError for a pattern that matches nothing, ImportError where a
+    transformers reference needs torch.
+    """
+    if measure not in ("output", "kl"):
+        raise ValueError(f"measure is {quoted(measure)}; expected {one_of(['output', 'kl'])}")
+    model_side = GemloupeSide(model)
+    side = open_reference(reference, reference_dtype)
+    check_same_shape(model_side, side)
+    prompts = _prompts(model, side, inputs)
+    notes = _align(model_side, side)
+    names = [point.name for point in hooks.select(points, model.config.text)[0]]
+    comparison = _Comparison(model, model_side, side, names)
+    with ProgressBar("comparing", shown=len(names) * len(prompts) > _BAR_POINTS) as bar:
+        for number, prompt in enumerate(prompts):
+            comparison.add(number, prompt.ids.tolist())
+            bar.show((number + 1) / len(prompts))
+    report = comparison.report(prompts)
+    report.contributions = contributions.rank(report.points, comparison.walk, model_side.tensors)
+    if measure == "kl":
+        if not isinstance(side, TransformersSide):
+            raise ValueError(
+                'measure="kl" puts rounded tensors into a transformers model, but the reference is '
+                f"{side.engine.label}; leave it out, or pass a transformers model"
+            )
+        ids = [prompt.ids.tolist() for prompt in prompts]
+        report.contributions = contributions.with_kl(
+            report.contributions, side, model_side.tensors, ids
+        )
+    report.notes = (*notes, *comparison.notes, *_naming_notes(model, side))
+    return report
+
+
+def open_reference(reference: Any, dtype: str = "float32") -> Side:
+    """Returns the side that `compare` runs the model against."""
+    from gemloupe.model import Model
+
+    if isinstance(reference, Model):
+        return GemloupeSide(reference)
+    if hf.is_transformers_model(reference):
+        return TransformersSide(reference)
+    if not isinstance(reference, (str, os.PathLike)):
+        raise ValueError(
+            f"reference is a {type(reference).__name__}; expected a transformers model, a "
+            "checkpoint folder, a gemloupe model, or a file of gl.record_reference"
+        )
+    path = Path(reference)
+    if path.suffix == ".safetensors" or path.is_file():
+        return RecordedSide(path)
+    return TransformersSide(_load_transformers(reference, dtype))
+
+
+def _load_transformers(source: str | os.PathLike[str], dtype: str) -> Any:
+    from gemloupe.checkpoint import read_folder_config, resolve
+    from gemloupe.packed import is_packed
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"reference_dtype is {quoted(dtype)}; expected {one_of(['float32', 'bfloat16'])}"
+        )
+    torch = hf.import_torch("a checkpoint folder as reference")
+    import transformers
+
+    folder = resolve(source)
+    config = read_folder_config(folder)
+    if is_packed(folder):
+        raise ValueError(
+            f"{folder} is a packed checkpoint, which transformers can't read; pass "
+            "gl.load(...) of it, or the checkpoint that it was made from"
+        )
+    text_only = config.model_type.endswith("_text") or config.architecture.endswith("ForCausalLM")
+    auto = "AutoModelForCausalLM" if text_only else "AutoModelForImageTextToText"
+    name = config.architecture if hasattr(transformers, config.architecture or " ") else auto
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
+    loaded = getattr(transformers, name).from_pretrained(str(folder), **options)
+    if config.text.num_experts:
+        loaded.set_experts_implementation("eager")
+    return loaded.eval()
+
+
+def _prompts(model: Model, side: Side, inputs: Any) -> list[Prompt]:
+    if inputs is None:
+        if not isinstance(side, RecordedSide):
+            raise ValueError("inputs is None; expected ids, text, a prompt or a batch of these")
+        inputs = side.prompts
+    prepared = model.prepare(inputs)
+    return prepared if isinstance(prepared, list) else [prepared]
+
+
+def _align(model: GemloupeSide, side: Side) -> list[str]:
+    """Gives both sides the same √hidden_size where that can be done."""
+    ours, theirs = model.embed_scale, side.embed_scale
+    if ours == theirs:
+        return []
+    if isinstance(side, TransformersSide):
+        side.align_embed_scale(ours)
+        return [
+            f"the reference, whose own √hidden_size is rounded to {theirs}, ran with the model's, "
+            f'in {ours}; gl.load(..., embed_scale="{theirs}") compares it as it is'
+        ]
+    return [
+        f"√hidden_size is rounded to {theirs} in the reference and to {ours} in the model: "
+        f'load the model with gl.load(..., embed_scale="{theirs}")'
+    ]
+
+
+def _naming_notes(model: Model, side: Side) -> list[str]:
+    if isinstance(side, GemloupeSide):
+        return []
+    text = model.config.text
+    last = f"layers.{text.num_hidden_layers - 1}.resid_post"
+    notes = [f"transformers' hidden_states[-1] is final_norm; the last layer's output is {last}"]
+    if text.num_experts:
+        notes.append(
+            "transformers' router_logits are router.probs, after softmax; router.logits is the "
+            "output of router.proj"
+        )
+    if text.hidden_size_per_layer_input:
+        notes.append(
+            "transformers' argument per_layer_inputs is per_layer_inputs.token; layers read "
+            "per_layer_inputs, its sum with the context part over √2"
+        )
+    return notes
+
+
+class _Comparison:
+    """Gathers points, KL and choices of experts over prompts."""
+
+    def __init__(
+        self, model: Model, model_side: GemloupeSide, side: Side, names: Sequence[str]
+    ) -> None:
+        self._config = model.config.text
+        self._model_side = model_side
+        self._side = side
+        self._names = names
+        self.walk = Walk(self._config, model_side.tensors, side.tensors)
+        self._points: dict[str, PointError] = {}
+        self._kl: list[np.ndarray] = []
+        self._top1: list[np.ndarray] = []
+        self._own_kl: list[np.ndarray] = []
+        self._choices: list[OtherChoice] = []
+        self._missing: set[str] = set()
+        self.notes: list[str] = []
+
+    def add(self, number: int, ids: Sequence[int]) -> None:
+        """Runs both sides over one prompt."""
+        plain = ["logits"]
+        for layer in range(self._config.num_hidden_layers):
+            if self._config.layers[layer].has_experts:
+                plain += [f"layers.{layer}.router.{n}" for n in ("experts", "probs")]
+        pair = self._pair(number, ids, plain)
+        self._add_logits(pair)
+        choices = [
+            choice
+            for name in plain
+            if name.endswith("router.experts") and name in pair.reference.values
+            for choice in walk.other_choices(pair, int(name.split(".")[1]))
+        ]
+        self._choices += choices
+        forced, experts, flips = self._forced(pair, choices)
+        for names in _groups(self._names, self._config, len(ids)):
+            read = [*names, *_inputs_of(names, self._config)]
+            pair = self._pair(number, ids, read, forced, experts)
+            pair = replace(pair, flips=flips)
+            for point in self.walk.points(pair, names):
+                before = self._points.get(point.name)
+                self._points[point.name] = walk.merge(before, point) if before else point
+            self._missing |= set(names) - set(pair.reference.values)
+
+    def _forced(
+        self, pair: Pair, choices: Sequence[OtherChoice]
+    ) -> tuple[str, Experts | None, dict[int, int]]:
+        """Where experts differ: which side takes the other's, and what can't be compared."""
+        flips: dict[int, int] = {}
+        for choice in choices:
+            flips[choice.layer] = min(flips.get(choice.layer, choice.position), choice.position)
+        if not flips:
+            return "", None, {}
+        source = None
+        if self._side.can_force_experts:
+            forced, source = "reference", pair.model.values
+        elif self._model_side.can_force_experts:
+            forced, source = "model", pair.reference.values
+        if source is None:
+            self._note(
+                "tokens took other experts, and neither side can be forced to the other's: from "
+                "there on only what precedes is set against the reference's own error"
+            )
+            return "", None, flips
+        self._note(f"errors are those with the {_other(forced)}'s experts forced on the {forced}")
+        experts = {
+            int(name.split(".")[1]): array
+            for name, array in source.items()
+            if name.endswith("router.experts")
+        }
+        return forced, experts, {}
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _pair(
+        self,
+        number: int,
+        ids: Sequence[int],
+        names: Sequence[str],
+        forced: str = "",
+        experts: Experts | None = None,
+    ) -> Pair:
+        array = np.asarray(ids)
+        ours = experts if forced == "model" else None
+        theirs = experts if forced == "reference" else None
+        reference = self._side.values(ids, names, theirs)
+        has_experts = [name for name in reference if name.endswith("router.experts")]
+        # The float32 run takes the same experts: rounding is compared, not routing.
+        same = theirs or {int(n.split(".")[1]): reference[n] for n in has_experts}
+        return Pair(
+            Captured(
+                self._model_side.values(ids, names, ours),
+                array,
+                self._model_side.engine,
+                self._model_side.embed_scale,
+            ),
+            Captured(reference, array, self._side.engine, self._side.embed_scale),
+            self._side.float32_values(ids, names, same),
+            number,
+            forced=forced,
+        )
+
+    def _add_logits(self, pair: Pair) -> None:
+        got, expected = (s.values.get("logits") for s in (pair.model, pair.reference))
+        if got is None or expected is None:
+            return
+        self._kl.append(contributions.kl(expected, got))
+        self._top1.append(got.argmax(axis=-1) == expected.argmax(axis=-1))
+        if pair.baseline is not None and "logits" in pair.baseline:
+            self._own_kl.append(contributions.kl(expected, pair.baseline["logits"]))
+
+    def report(self, prompts: Sequence[Prompt]) -> Report:
+        positions = [(n, t) for n, prompt in enumerate(prompts) for t in range(len(prompt))]
+        compared = [self._points[name] for name in self._names if name in self._points]
+        return Report(
+            model=self._model_side.engine.label,
+            reference=self._side.engine.label,
+            points=compared,
+            kl=np.concatenate(self._kl) if self._kl else np.zeros(0),
+            top1_agreement=np.concatenate(self._top1) if self._top1 else np.zeros(0, bool),
+            positions=positions,
+            tokens=[token for prompt in prompts for token in _tokens(prompt)],
+            own_kl=np.concatenate(self._own_kl) if self._own_kl else None,
+            near_ties=self._choices,
+            not_compared=tuple(n for n in self._names if n in self._missing),
+        )
+
+
+def _other(side: str) -> str:
+    return "reference" if side == "model" else "model"
+
+
+def _tokens(prompt: Prompt) -> list[str]:
+    if prompt.tokenizer.exists:
+        return prompt.tokens
+    return [f"[{index}]" for index in prompt.ids.tolist()]
+
+
+def _groups(names: Sequence[str], config: Any, tokens: int) -> Iterator[list[str]]:
+    """Splits the points into runs of whole layers that fit into memory together."""
+    points = hooks.hook_points(config)
+    group: list[str] = []
+    size, layer = 0, None
+    for name in names:
+        point = points[name]
+        count = _elements(point, config, tokens) * 4
+        if group and point.layer != layer and size + count > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size, layer = size + count, point.layer
+    if group:
+        yield group
+
+
+def _elements(point: hooks.HookPoint, config: Any, tokens: int) -> int:
+    spec = config.layers[max(0, point.layer)]
+    sizes = {
+        "T": tokens,
+        "S": tokens,
+        "D": config.hidden_size,
+        "N": config.num_attention_heads,
+        "K": spec.num_kv_heads,
+        "H": spec.head_dim,
+        "F": spec.intermediate_size,
+        "E": config.num_experts,
+        "k": config.top_k_experts,
+        "P": config.hidden_size_per_layer_input,
+        "L": config.num_hidden_layers,
+        "V": config.vocab_size,
+    }
+    count = 1
+    for letter in point.shape.strip("[]").split(", "):
+        count *= int(letter) if letter.isdecimal() else sizes[letter]
+    return count
+
+
+def _inputs_of(names: Sequence[str], config: Any) -> list[str]:
+    """Points of other layers that the operations of `names` read."""
+    layers = sorted({int(n.split(".")[1]) for n in names if n.startswith("layers.")})
+    wanted: list[str] = []
+    for layer in layers:
+        wanted.append("embed" if layer == 0 else f"layers.{layer - 1}.resid_post")
+        source = config.layers[layer].kv_source
+        wanted += [f"layers.{source}.attn.rot_k", f"layers.{source}.attn.v"]
+        if config.hidden_size_per_layer_input:
+            wanted.append("per_layer_inputs")
+    if any(name.startswith(("final_norm", "logits")) for name in names):
+        wanted.append(f"layers.{config.num_hidden_layers - 1}.resid_post")
+    if any(name.startswith("per_layer_inputs") for name in names):
+        wanted.append("embed")
+    if any(name == "logits_raw" for name in names):
+        wanted.append("final_norm")
+    if any(name == "logits" for name in names):
+        wanted.append("logits_raw")
+    return [name for name in dict.fromkeys(wanted) if name not in names]

@@ -1,0 +1,212 @@
+"""The two sides of a comparison: a gemloupe model, a transformers model, a recorded file."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from gemloupe import _core
+from gemloupe import run as _run
+from gemloupe.comparison import transformers_capture as hf
+from gemloupe.comparison.engines import PLAIN, Engine
+from gemloupe.comparison.operations import embed_scale
+from gemloupe.comparison.tensors import GemloupeTensors, Tensors, TorchTensors
+from gemloupe.errors import quoted
+
+if TYPE_CHECKING:
+    from gemloupe.model import Model
+
+Values = dict[str, np.ndarray]
+Experts = Mapping[int, np.ndarray]
+"""Layer -> int [T, k], the experts to choose."""
+
+# What both sides must agree on, by config.json's names.
+SHAPE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size_per_layer_input",
+    "num_experts",
+)
+
+
+class Side(Protocol):
+    """What a comparison asks of either side."""
+
+    engine: Engine
+    embed_scale: str
+    shape: dict[str, int]
+
+    @property
+    def tensors(self) -> Tensors | None: ...
+
+    @property
+    def can_force_experts(self) -> bool: ...
+
+    def values(
+        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+    ) -> Values:
+        """Returns those of `names` that this side has, float32 [T, …]; expert ids are integers."""
+
+    def float32_values(
+        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+    ) -> Values | None:
+        """The same weights computed in float32; None where this side did so already."""
+
+
+class GemloupeSide:
+    """A gemloupe model."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.tensors: Tensors = GemloupeTensors(model.weights)
+        quantised = any(
+            info.dtype not in PLAIN for _, info in model.weights.items() if len(info.shape) > 1
+        )
+        self.engine = Engine(
+            label=f"gemloupe, {model.dtype} weights, float32 activations, {model.kv_dtype} cache",
+            dtype="float32",
+            kv_dtype=model.kv_dtype,
+            rounds_inputs=quantised,
+            bfloat16_products=model.dtype != "float32" and _has_bfloat16_products(),
+        )
+        text = model.config.text
+        self.shape = {name: getattr(text, name) for name in SHAPE_FIELDS}
+        self.embed_scale = _scale_of(model)
+
+    @property
+    def can_force_experts(self) -> bool:
+        return "edit" in inspect.signature(_run.run).parameters
+
+    def values(
+        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+    ) -> Values:
+        arguments: dict[str, Any] = {}
+        if experts:
+            arguments["edit"] = {f"layers.{i}.router.experts": e for i, e in experts.items()}
+        wants_logits = any(name.startswith("logits") for name in names)
+        logits = "all" if wants_logits else None
+        run = self.model.run(list(ids), capture=list(names), logits=logits, **arguments)
+        return {name: np.asarray(run[name]) for name in names}
+
+    def float32_values(
+        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+    ) -> None:
+        return None
+
+
+def _has_bfloat16_products() -> bool:
+    return any(part in _core.isa() for part in ("bf16", "amx"))
+
+
+def _scale_of(model: Model) -> str:
+    """The dtype that √hidden_size is rounded to, read off an embedding."""
+    size = model.config.text.hidden_size
+    candidates = ("float32", "bfloat16")
+    if embed_scale("float32", size) == embed_scale("bfloat16", size):
+        return "float32"
+    # The longest of some rows: the padding's may be zero.
+    ids = range(min(64, model.config.text.vocab_size))
+    rows = model.weights.rows("embed_tokens.weight", ids).astype(np.float64)
+    index = int(np.argmax((rows * rows).sum(axis=1)))
+    got = model.run([index], capture=["embed"], logits=None)["embed"][0].astype(np.float64)
+    ratio = float(got @ rows[index]) / float(rows[index] @ rows[index])
+    return min(candidates, key=lambda name: abs(embed_scale(name, size) - ratio))
+
+
+class TransformersSide:
+    """A transformers model, as it was loaded."""
+
+    def __init__(self, model: Any) -> None:
+        hf.import_torch("a transformers reference")
+        self.model = model
+        decoder = hf.decoder_of(model)
+        dtype = hf.dtype_of(model)
+        self.engine = Engine(label=hf.describe(model), dtype=dtype)
+        self.embed_scale = dtype if dtype in PLAIN else "float32"
+        self.shape = {name: int(getattr(decoder.config, name, None) or 0) for name in SHAPE_FIELDS}
+        if not getattr(decoder.config, "enable_moe_block", False):
+            self.shape["num_experts"] = 0
+        self._state = hf.text_state(model)
+        self.tensors: Tensors = TorchTensors(self._state)
+        self._aligned: str | None = None
+
+    @property
+    def can_force_experts(self) -> bool:
+        return True
+
+    def align_embed_scale(self, dtype: str) -> None:
+        """Multiplies embeddings with √hidden_size rounded to `dtype` from now on."""
+        self._aligned = dtype
+        self.embed_scale = dtype
+
+    def values(
+        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+    ) -> Values:
+        return self._record(ids, names, experts, float32=False)
+
+    def float32_values(
+        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+    ) -> Values | None:
+        if self.engine.dtype in ("float32", "float64"):
+            return None
+        return self._record(ids, names, experts, float32=True)
+
+    def _record(
+        self, ids: Sequence[int], names: Collection[str], experts: Experts | None, float32: bool
+    ) -> Values:
+        tensors = hf.record(
+            self.model,
+            ids,
+            names,
+            experts=experts,
+            float32=float32,
+            embed_scale=self._aligned,
+        )
+        return {name: as_array(tensor) for name, tensor in tensors.items()}
+
+    @contextlib.contextmanager
+    def swapped(self, name: str, rows: np.ndarray) -> Iterator[None]:
+        """Puts other values into one tensor while the context lasts."""
+        torch = hf.import_torch("a transformers reference")
+        parameter = self._state[name]
+        kept = parameter.data
+        other = torch.from_numpy(np.ascontiguousarray(rows)).reshape(kept.shape)
+        try:
+            parameter.data = other.to(kept.dtype).to(kept.device)
+            yield
+        finally:
+            parameter.data = kept
+
+
+def as_array(tensor: Any) -> np.ndarray:
+    """A CPU tensor as float32, or integers as they are."""
+    array: np.ndarray = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
+
+
+def check_same_shape(model: Side, reference: Side) -> None:
+    """ValueError naming the sizes in which both sides differ."""
+    differing = [
+        f"{name} is {model.shape[name]} in the model and {reference.shape[name]} in the reference"
+        for name in SHAPE_FIELDS
+        if model.shape[name] != reference.shape[name]
+    ]
+    if differing:
+        raise ValueError(
+            "the reference is another model: " + ", ".join(differing) + "; expected the same "
+            "checkpoint on both sides"
+        )
+
+
+def check_values(name: str, got: np.ndarray, expected: np.ndarray) -> None:
+    if got.shape != expected.shape:
+        raise ValueError(
+            f"{quoted(name)} has shape {list(got.shape)} in the model and {list(expected.shape)} "
+            "in the reference; expected the same: are both the same checkpoint?"
+        )
