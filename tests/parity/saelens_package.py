@@ -21,8 +21,7 @@ from sae_lens import saes
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activations_store import ActivationsStore
 
-from gemloupe.integrations.sae import read_sae
-from gemloupe.integrations.saelens import ActivationWriter
+from gemloupe.integrations.saelens import ActivationWriter, load_sae
 
 D_IN, D_SAE, HOOK = 24, 60, "blocks.1.hook_resid_post"
 CLASSES = {
@@ -60,7 +59,7 @@ def check_autoencoder(name: str, normalize: str, dtype: str, apply_b_dec: bool) 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         sae.save_model(folder)
         sae = sae.to(torch.float32)
-        ours = read_sae(folder)
+        ours = load_sae(folder)
         assert ours.hook_name == HOOK
         features = sae.encode(x)
         decoded = sae.decode(features).numpy()

@@ -31,8 +31,26 @@ _LAYER_NORM_EPS = 1e-5  # SAELens's, added to the standard deviation.
 
 
 @dataclass(frozen=True, eq=False)
+class FeatureParts:
+    """Some features of an autoencoder in affine terms: pre = encoder · x + bias.
+
+    A feature is f = pre where pre > threshold, else 0; one that is set to v adds
+    (v − f) · decoder to x.
+    """
+
+    encoder: np.ndarray
+    """float32 [n, d_in]."""
+    bias: np.ndarray
+    """float32 [n]."""
+    threshold: np.ndarray
+    """float32 [n], 0 or more."""
+    decoder: np.ndarray
+    """float32 [n, d_in]."""
+
+
+@dataclass(frozen=True, eq=False)
 class Sae:
-    """A sparse autoencoder of activations [T, d_in], made by `read_sae`.
+    """A sparse autoencoder of activations [T, d_in], made by `load_sae`.
 
     Inputs may be [T, …] whose other sizes multiply to d_in, such as `attn.z` [T, N, H].
     """
@@ -125,6 +143,26 @@ class Sae:
         _, scale, _ = self._normalized(array)
         return array + ((change @ self.W_dec[ids]) * scale).reshape(array.shape)
 
+    def feature_parts(self, features: Sequence[int] | np.ndarray) -> FeatureParts | None:
+        """What an engine needs to read and write `features` without Python.
+
+        None where a feature is no ReLU or jump of one affine function of x: gated and top-k
+        autoencoders, and those that scale their inputs. IndexError for a feature there is not.
+        """
+        ids = self._features(features)
+        affine = self.architecture in ("standard", "jumprelu")
+        if not affine or self.normalize_activations != "none":
+            return None
+        encoder = np.ascontiguousarray(self.W_enc[:, ids].T)
+        bias = self.vectors["b_enc"][ids]
+        if self.apply_b_dec_to_input:
+            bias = bias - encoder @ self.b_dec
+        threshold = np.zeros(len(ids), np.float32)
+        if self.architecture == "jumprelu":
+            threshold = np.maximum(self.vectors["threshold"][ids], threshold)
+        decoder = self.W_dec[ids] * self._decoder_scale(ids)[:, None]
+        return FeatureParts(encoder, bias, threshold, decoder)
+
     def _features(self, features: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(features)
         if ids.ndim != 1 or (ids.dtype.kind not in "iu" and ids.size):
@@ -171,7 +209,7 @@ class Sae:
         return scale if self.scaling_factor is None else scale * self.scaling_factor[ids]
 
 
-def read_sae(folder: str | Path) -> Sae:
+def load_sae(folder: str | Path) -> Sae:
     """Reads an autoencoder that SAELens saved (versions 3 to 6), weights as float32.
 
     Folders come from strangers: nothing in them is run, and every size is checked. Raises

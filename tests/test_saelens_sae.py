@@ -15,7 +15,8 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from gemloupe.integrations.sae import ARCHITECTURES, read_sae
+from gemloupe.integrations.saelens import load_sae
+from gemloupe.integrations.saelens.sae import ARCHITECTURES
 
 D, F = 6, 10
 
@@ -76,7 +77,7 @@ def expected(architecture: str, w: dict[str, np.ndarray], z: np.ndarray) -> np.n
 def test_encode_and_decode_follow_the_architecture(
     tmp_path: Path, x: np.ndarray, architecture: str
 ) -> None:
-    sae, w = read_sae(make(tmp_path, architecture)), tensors(architecture)
+    sae, w = load_sae(make(tmp_path, architecture)), tensors(architecture)
     features = sae.encode(x)
     np.testing.assert_allclose(features, expected(architecture, w, x - w["b_dec"]), atol=1e-5)
     np.testing.assert_allclose(sae.decode(features), features @ w["W_dec"] + w["b_dec"], atol=1e-5)
@@ -90,7 +91,7 @@ def test_encode_and_decode_follow_the_architecture(
 def test_setting_features_moves_the_reconstruction_and_keeps_its_error(
     tmp_path: Path, x: np.ndarray, architecture: str, normalize: str
 ) -> None:
-    sae = read_sae(make(tmp_path, architecture, normalize_activations=normalize))
+    sae = load_sae(make(tmp_path, architecture, normalize_activations=normalize))
     features = sae.encode(x)
     changed = features.copy()
     changed[:, 2], changed[:, 7] = 4.0, 0.0
@@ -99,9 +100,33 @@ def test_setting_features_moves_the_reconstruction_and_keeps_its_error(
     assert sae.with_features(x, {}).tolist() == x.tolist()
 
 
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+def test_feature_parts_say_the_same_in_affine_terms(
+    tmp_path: Path, x: np.ndarray, architecture: str, apply_b_dec: bool
+) -> None:
+    sae = load_sae(make(tmp_path, architecture, apply_b_dec_to_input=apply_b_dec))
+    parts = sae.feature_parts([7, 2])
+    assert parts is not None
+    pre = x @ parts.encoder.T + parts.bias
+    active = np.where(pre > parts.threshold, pre, 0)
+    np.testing.assert_allclose(active, sae.encode(x, [7, 2]), atol=1e-5)
+    want = x + (np.array([1.5, 0]) - active) @ parts.decoder
+    np.testing.assert_allclose(sae.with_features(x, {7: 1.5, 2: 0}), want, atol=1e-5)
+    with pytest.raises(IndexError, match="expected 0 to 9"):
+        sae.feature_parts([10])
+
+
+def test_what_is_not_affine_has_no_feature_parts(tmp_path: Path) -> None:
+    for architecture in ("gated", "topk", "abstopk"):
+        assert load_sae(make(tmp_path, architecture)).feature_parts([1]) is None
+    make(tmp_path, "standard", normalize_activations="layer_norm")
+    assert load_sae(tmp_path).feature_parts([1]) is None
+
+
 def test_inputs_are_scaled_by_row_and_scaled_back(tmp_path: Path, x: np.ndarray) -> None:
     w = tensors("standard")
-    sae = read_sae(make(tmp_path / "a", normalize_activations="layer_norm"))
+    sae = load_sae(make(tmp_path / "a", normalize_activations="layer_norm"))
     mean, deviation = x.mean(1, keepdims=True), x.std(1, ddof=1, keepdims=True)
     z = (x - mean) / (deviation + 1e-5) - w["b_dec"]
     features = expected("standard", w, z)
@@ -109,7 +134,7 @@ def test_inputs_are_scaled_by_row_and_scaled_back(tmp_path: Path, x: np.ndarray)
     want = (features @ w["W_dec"] + w["b_dec"]) * deviation + mean
     np.testing.assert_allclose(sae.decode(sae.encode(x), x), want, atol=1e-4)
 
-    sae = read_sae(make(tmp_path / "b", normalize_activations="constant_norm_rescale"))
+    sae = load_sae(make(tmp_path / "b", normalize_activations="constant_norm_rescale"))
     scale = np.linalg.norm(x, axis=1, keepdims=True) / np.sqrt(D)
     features = expected("standard", w, x / scale - w["b_dec"])
     np.testing.assert_allclose(sae.encode(x), features, atol=1e-5)
@@ -124,19 +149,19 @@ def test_inputs_are_scaled_by_row_and_scaled_back(tmp_path: Path, x: np.ndarray)
 def test_an_average_norm_is_folded_into_the_weights(tmp_path: Path, x: np.ndarray) -> None:
     make(tmp_path, normalize_activations="expected_average_only_in")
     with pytest.raises(ValueError, match=r"no activation_scaler\.json"):
-        read_sae(tmp_path)
+        load_sae(tmp_path)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 2.5}')
-    sae, w = read_sae(tmp_path), tensors("standard")
+    sae, w = load_sae(tmp_path), tensors("standard")
     np.testing.assert_allclose(sae.encode(x), expected("standard", w, 2.5 * x - w["b_dec"]), 1e-4)
     want = (sae.encode(x) @ w["W_dec"] + w["b_dec"]) / 2.5
     np.testing.assert_allclose(sae.decode(sae.encode(x)), want, atol=1e-5)
     (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 0}')
     with pytest.raises(ValueError, match="expected a number above 0"):
-        read_sae(tmp_path)
+        load_sae(tmp_path)
 
 
 def test_top_k_may_rank_by_the_decoder_norm(tmp_path: Path, x: np.ndarray) -> None:
-    sae = read_sae(make(tmp_path, "topk", rescale_acts_by_decoder_norm=True))
+    sae = load_sae(make(tmp_path, "topk", rescale_acts_by_decoder_norm=True))
     w = tensors("topk")
     norm = np.linalg.norm(w["W_dec"], axis=1)
     scaled = {**w, "W_enc": w["W_enc"] * norm, "b_enc": w["b_enc"] * norm}
@@ -151,24 +176,24 @@ def test_a_finetuned_factor_scales_the_features_in_decode(tmp_path: Path, x: np.
     factor = np.linspace(0.5, 2, F, dtype=np.float32)
     weights = {**w, "scaling_factor": factor}
     with pytest.raises(ValueError, match="finetuning_scaling_factor is not true"):
-        read_sae(make(tmp_path / "a", weights=weights))
-    sae = read_sae(make(tmp_path / "a", weights=weights, finetuning_scaling_factor=True))
+        load_sae(make(tmp_path / "a", weights=weights))
+    sae = load_sae(make(tmp_path / "a", weights=weights, finetuning_scaling_factor=True))
     features = sae.encode(x)
     want = (features * factor) @ w["W_dec"] + w["b_dec"]
     np.testing.assert_allclose(sae.decode(features), want, atol=1e-5)
     ones = {**w, "scaling_factor": np.ones(F, np.float32)}
-    assert read_sae(make(tmp_path / "b", weights=ones)).scaling_factor is None
+    assert load_sae(make(tmp_path / "b", weights=ones)).scaling_factor is None
 
 
 def test_older_configs_are_read(tmp_path: Path, x: np.ndarray) -> None:
     old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "hook_point": "h"}
-    sae = read_sae(make(tmp_path / "a", architecture="standard", **old, metadata=None))
+    sae = load_sae(make(tmp_path / "a", architecture="standard", **old, metadata=None))
     assert (sae.architecture, sae.k, sae.hook_name) == ("topk", 3, "h")
     weights = tensors("jumprelu")
     weights["log_threshold"] = np.log(np.abs(weights.pop("threshold")))
-    sae = read_sae(make(tmp_path / "b", "jumprelu", weights))
+    sae = load_sae(make(tmp_path / "b", "jumprelu", weights))
     np.testing.assert_allclose(sae.vectors["threshold"], np.exp(weights["log_threshold"]), 1e-6)
-    sae = read_sae(make(tmp_path / "c", normalize_activations=False, apply_b_dec_to_input=False))
+    sae = load_sae(make(tmp_path / "c", normalize_activations=False, apply_b_dec_to_input=False))
     w = tensors("standard")
     np.testing.assert_allclose(sae.encode(x), expected("standard", w, x), atol=1e-5)
 
@@ -177,13 +202,13 @@ def test_older_configs_are_read(tmp_path: Path, x: np.ndarray) -> None:
 def test_other_weight_types_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = {name: torch.tensor(w).to(dtype) for name, w in tensors("standard").items()}
     save_torch(weights, make(tmp_path) / "sae_weights.safetensors")
-    sae = read_sae(tmp_path)
+    sae = load_sae(tmp_path)
     assert sae.W_enc.dtype == np.float32 and not sae.W_enc.flags.writeable
     assert np.array_equal(sae.W_enc, weights["W_enc"].float().numpy())
 
 
 def test_heads_are_flattened_and_given_back(tmp_path: Path, x: np.ndarray) -> None:
-    sae = read_sae(make(tmp_path))
+    sae = load_sae(make(tmp_path))
     z = x.reshape(7, 2, 3)
     assert np.array_equal(sae.encode(z), sae.encode(x))
     assert np.array_equal(
@@ -192,7 +217,7 @@ def test_heads_are_flattened_and_given_back(tmp_path: Path, x: np.ndarray) -> No
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path, x: np.ndarray) -> None:
-    sae = read_sae(make(tmp_path))
+    sae = load_sae(make(tmp_path))
     with pytest.raises(ValueError, match=r"shape \[7, 5\]; expected \[T, 6\]"):
         sae.encode(x[:, :5])
     with pytest.raises(ValueError, match=r"shape \[6\]; expected \[T, 6\]"):
@@ -230,21 +255,21 @@ def test_a_config_that_cannot_be_followed_is_refused(
     tmp_path: Path, config: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
-        read_sae(make(tmp_path, weights=tensors("standard"), **config))
+        load_sae(make(tmp_path, weights=tensors("standard"), **config))
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     weights = tensors("standard")
     with pytest.raises(ValueError, match="has 'W_gate'"):
-        read_sae(make(tmp_path, weights={**weights, "W_gate": weights["W_enc"]}))
+        load_sae(make(tmp_path, weights={**weights, "W_gate": weights["W_enc"]}))
     with pytest.raises(ValueError, match="dtype I32"):
-        read_sae(make(tmp_path, weights={**weights, "b_enc": np.zeros(F, np.int32)}))
+        load_sae(make(tmp_path, weights={**weights, "b_enc": np.zeros(F, np.int32)}))
     with pytest.raises(ValueError, match="holds nan; expected finite"):
-        read_sae(make(tmp_path, weights={**weights, "b_enc": np.full(F, np.nan, np.float32)}))
+        load_sae(make(tmp_path, weights={**weights, "b_enc": np.full(F, np.nan, np.float32)}))
     with pytest.raises(ValueError, match="which float32 cannot hold"):
-        read_sae(make(tmp_path, weights={**weights, "b_enc": np.full(F, 1e300)}))
+        load_sae(make(tmp_path, weights={**weights, "b_enc": np.full(F, 1e300)}))
     dead = {**tensors("jumprelu"), "threshold": np.full(F, np.inf, np.float32)}
-    sae = read_sae(make(tmp_path, "jumprelu", dead))
+    sae = load_sae(make(tmp_path, "jumprelu", dead))
     assert not sae.encode(np.ones((2, D))).any()
 
 
@@ -255,18 +280,18 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     for damaged in (b"", whole[:20], whole[:-8], whole + b"x", b"\xff" * 64):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"sae_weights\.safetensors"):
-            read_sae(tmp_path)
+            load_sae(tmp_path)
     path.write_bytes(whole)
     for text in ("", "[]", '{"d_in": 6, "d_in": 7}', "{" * 100_000, '{"d_in": 1e999}'):
         (tmp_path / "cfg.json").write_text(text)
         with pytest.raises(ValueError, match=r"cfg\.json"):
-            read_sae(tmp_path)
+            load_sae(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cfg\.json"):
-        read_sae(tmp_path)
+        load_sae(tmp_path)
     make(tmp_path)
     (tmp_path / "sae_weights.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"sae_weights\.safetensors"):
-        read_sae(tmp_path)
+        load_sae(tmp_path)

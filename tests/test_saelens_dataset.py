@@ -14,8 +14,7 @@ import pyarrow
 import pytest
 
 import gemloupe as gl
-from gemloupe.integrations import saelens
-from gemloupe.integrations.saelens import ActivationWriter
+from gemloupe.integrations.saelens import ActivationWriter, dataset
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -60,8 +59,8 @@ def test_contexts_hold_the_rows_in_order_whatever_the_calls(
 def test_long_data_is_split_into_batches_and_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saelens, "_BATCH_BYTES", 200)
-    monkeypatch.setattr(saelens, "_SHARD_BYTES", 1000)
+    monkeypatch.setattr(dataset, "_BATCH_BYTES", 200)
+    monkeypatch.setattr(dataset, "_SHARD_BYTES", 1000)
     values = np.random.default_rng(0).standard_normal((200, 3)).astype(np.float32)
     write(tmp_path / "acts", values, context_size=4, step=33)
     got, _, _ = read(tmp_path / "acts")
@@ -97,7 +96,7 @@ def test_a_run_of_a_model_becomes_contexts(tmp_path: Path) -> None:
 
 
 def test_after_an_error_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saelens, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(dataset, "_BATCH_BYTES", 1)
     with pytest.raises(ZeroDivisionError):
         with ActivationWriter(tmp_path / "acts", HOOK, d_in=3, context_size=1) as writer:
             writer.add(np.ones((5, 3)), range(5))
