@@ -9,6 +9,7 @@ print(model.chat("What is 27 + 45?"))
 from gemloupe._core import __version__
 from gemloupe.cache import KvCache
 from gemloupe.conversion import convert
+from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint
 from gemloupe.inspect import estimate
 from gemloupe.model import Model, load
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "convert",
     "estimate",
+    "help",
     "hook_points",
     "load",
 ]
