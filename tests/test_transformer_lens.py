@@ -118,6 +118,40 @@ def test_padding_on_either_side_changes_no_value(driver: Driver) -> None:
         assert not np.delete(value, np.arange(7)[span], axis=0).any()
 
 
+def test_interventions_act_during_the_pass(driver: Driver) -> None:
+    wanted = {"op": "add", "value": 2.0, "pos": [1, 3]}
+    got = driver.forward([IDS], intervene={"blocks.2.hook_out": wanted})
+    add = gl.edits.add(2.0, positions=[1, 3])
+    want = driver.model.run(IDS, edit={"layers.2.resid_post": add}, logits="all").logits
+    assert np.array_equal(got.logits[0], want)
+    plain = driver.forward([IDS]).logits
+    assert not np.array_equal(got.logits, plain)
+
+    def halve(z: np.ndarray) -> np.ndarray:
+        assert z.shape[:2] == (1, len(IDS))
+        return z * 0.5
+
+    got = driver.forward([IDS], intervene={"blocks.1.attn.o.hook_in": halve})
+    half = gl.edits.scale(0.5)
+    want = driver.model.run(IDS, edit={"layers.1.attn.z": half}, logits="all").logits
+    assert np.array_equal(got.logits[0], want)
+    assert np.array_equal(driver.forward([IDS]).logits, plain)
+
+
+def test_positions_of_interventions_count_in_the_padded_row(driver: Driver) -> None:
+    wanted = {"blocks.2.hook_out": {"op": "set", "value": 0.5, "pos": 4}}
+    padded = driver.forward(
+        [[0, 0, *IDS]], attention_mask=[[0, 0, 1, 1, 1, 1, 1]], intervene=wanted
+    )
+    wanted["blocks.2.hook_out"]["pos"] = 2
+    assert np.array_equal(padded.logits[0, 2:], driver.forward(IDS, intervene=wanted).logits[0])
+
+
+def test_a_function_of_the_wrong_shape_is_refused_with_both(driver: Driver) -> None:
+    with pytest.raises(ValueError, match=r"layers\.2\.resid_post has shape"):
+        driver.forward(IDS, intervene={"blocks.2.hook_out": lambda x: x[:, :2]})
+
+
 def test_square_activations_are_padded_on_both_axes() -> None:
     square = np.ones((3, 2, 2), np.float32)
     padded = transformer_lens._padded([square], [(1, 3)], 4, 0.0)

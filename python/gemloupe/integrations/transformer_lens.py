@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe import hooks
+from gemloupe import _core, hooks
 from gemloupe.arrays import as_float32
 from gemloupe.config import TextConfig
 from gemloupe.errors import did_you_mean, format_shape, one_of, quoted
@@ -26,57 +26,23 @@ if TYPE_CHECKING:
 
 Edit = Callable[[np.ndarray, Any], np.ndarray]
 
-# The names under which TransformerBridge registers its hooks; hook_resid_pre, hook_q, … are
-# aliases that it adds itself. "blocks." and the layer stand before those of a layer.
-_LAYER_NAMES = {
-    "resid_pre": "hook_in",
-    "attn.norm": "ln1.hook_out",
-    "attn.q_proj": "attn.q.hook_out",
-    "attn.k_proj": "attn.k.hook_out",
-    "attn.v_proj": "attn.v.hook_out",
-    "attn.q": "attn.q_norm.hook_out",
-    "attn.k": "attn.k_norm.hook_out",
-    "attn.v": "attn.v_norm.hook_out",
-    "attn.rot_q": "attn.hook_rot_q",
-    "attn.rot_k": "attn.hook_rot_k",
-    "attn.scores": "attn.hook_attn_scores",
-    "attn.pattern": "attn.hook_pattern",
-    "attn.z": "attn.o.hook_in",
-    "attn.result": "attn.hook_result",
-    "attn.out": "attn.hook_out",
-    "attn.post": "ln1_post.hook_out",
-    "resid_mid": "ln2.hook_in",
-    "mlp.norm": "ln2.hook_out",
-    "mlp.gate": "mlp.gate.hook_out",
-    "mlp.up": "mlp.in.hook_out",
-    "mlp.hidden": "mlp.out.hook_in",
-    "mlp.out": "mlp.hook_out",
-    "mlp.post": "post_feedforward_layernorm_1.hook_out",
-    "router.probs": "router.hook_out",
-    "experts.norm": "pre_feedforward_layernorm_2.hook_out",
-    "experts.out": "experts.hook_out",
-    "experts.post": "post_feedforward_layernorm_2.hook_out",
-    "ffn.out": "ln2_post.hook_in",
-    "ffn.post": "ln2_post.hook_out",
-    "resid_ffn": "per_layer_input_gate.hook_in",
-    "per_layer.gate": "per_layer_input_gate.hook_out",
-    "per_layer.hidden": "per_layer_projection.hook_in",
-    "per_layer.out": "per_layer_projection.hook_out",
-    "per_layer.post": "post_per_layer_input_norm.hook_out",
-    "resid_post": "hook_out",
+# Where TransformerBridge's Gemma 4 registers a hook under another name than the classic one, which
+# is its alias; without "blocks.{i}.".
+_REGISTERED = {
+    "hook_embed": "embed.hook_out",
+    "hook_resid_pre": "hook_in",
+    "attn.hook_q": "attn.q.hook_out",
+    "attn.hook_k": "attn.k.hook_out",
+    "attn.hook_v": "attn.v.hook_out",
+    "attn.hook_z": "attn.o.hook_in",
+    "hook_attn_out": "ln1_post.hook_out",
+    "hook_resid_mid": "ln2.hook_in",
+    "mlp.hook_pre": "mlp.gate.hook_out",
+    "mlp.hook_pre_linear": "mlp.in.hook_out",
+    "mlp.hook_post": "mlp.out.hook_in",
+    "hook_mlp_out": "ln2_post.hook_out",
+    "hook_resid_post": "hook_out",
 }
-_MODEL_NAMES = {
-    "embed": "embed.hook_out",
-    "final_norm": "ln_final.hook_out",
-    "logits_raw": "unembed.hook_out",
-}
-# Norms whose divisor is a hook point: `X.scale` here, `….hook_scale` there.
-_NORMS = ["attn.norm", "attn.q", "attn.k", "attn.v", "attn.post", "mlp.norm", "mlp.post"]
-_NORMS += ["experts.norm", "experts.post", "ffn.post", "per_layer.post"]
-_LAYER_NAMES |= {
-    f"{norm}.scale": _LAYER_NAMES[norm].replace("hook_out", "hook_scale") for norm in _NORMS
-}
-_MODEL_NAMES["final_norm.scale"] = "ln_final.hook_scale"
 
 _IGNORED = ("output_attentions", "output_hidden_states", "use_cache", "return_dict")
 _OPERATIONS = ("suppress", "scale", "add", "set")
@@ -108,16 +74,20 @@ def bridge(model: Model) -> Any:
 
 
 def names(config: TextConfig) -> dict[str, str]:
-    """TransformerLens's name -> gemloupe's, of every hook point that both have, in model order."""
-    return {theirs: name for name in hooks.hook_points(config) if (theirs := _their_name(name))}
+    """The bridge's name -> gemloupe's, of every hook point that both have, in model order."""
+    return {
+        _registered(point.transformer_lens): point.name
+        for point in hooks.hook_points(config).values()
+        if point.transformer_lens
+    }
 
 
-def _their_name(name: str) -> str | None:
-    if not name.startswith("layers."):
-        return _MODEL_NAMES.get(name)
-    _, layer, rest = name.split(".", 2)
-    theirs = _LAYER_NAMES.get(rest)
-    return theirs and f"blocks.{layer}.{theirs}"
+def _registered(name: str) -> str:
+    """TransformerLens's name in the hook table -> the one that the bridge registers."""
+    if not name.startswith("blocks."):
+        return _REGISTERED.get(name, name)
+    _, layer, inner = name.split(".", 2)
+    return f"blocks.{layer}.{_REGISTERED.get(inner, inner)}"
 
 
 class Driver:
@@ -139,8 +109,12 @@ class Driver:
         config = model.config.text
         self.names = names(config)
         self.supported_hook_points = frozenset(self.names)
-        layers = range(config.num_hidden_layers)
-        every = {f"blocks.{i}.{name}" for name in _LAYER_NAMES.values() for i in layers}
+        every = {
+            _registered(row[5]).replace("{i}", str(layer))
+            for row in _core.hook_points()
+            for layer in range(config.num_hidden_layers)
+            if row[5]
+        }
         self.non_fireable_hook_points = frozenset(every - self.supported_hook_points)
 
     def supports(self, feature: str) -> bool:
