@@ -69,7 +69,7 @@ class GemloupeBridge(RemoteBridge):
         return super().forward(input, **kwargs)
 
     def run_with_hooks(self, input: Any, *args: Any, **kwargs: Any) -> Any:
-        """As TransformerLens's; ValueError for backward hooks, which there are none of."""
+        """As TransformerLens's; NotImplementedError for backward hooks."""
         if kwargs.get("bwd_hooks") or (len(args) > 1 and args[1]):
             raise NotImplementedError("gemloupe has no backward pass; bwd_hooks is not served")
         self._reject_stop_at_layer(kwargs.get("stop_at_layer"))
