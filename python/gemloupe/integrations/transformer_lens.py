@@ -55,9 +55,9 @@ def bridge(model: Model) -> Any:
     `run_with_cache`, `run_with_hooks`, `hooks`, `add_hook`, `to_tokens`, loss and the functions of
     `transformer_lens.patching` work; hooks see float32 tensors [batch, …] and may change them in
     place or return another. `hook_attn_scores` are scores before the softmax here, and
-    `hook_result` waits for `bridge.cfg.use_attn_result = True`. A batch of more than one prompt
-    can be read (`run_with_cache`, with `attention_mask` where it is padded), but not edited by hooks:
-    the engine runs its rows one by one.
+    `hook_result` waits for `bridge.cfg.use_attn_result = True`. A batch can be read
+    (`run_with_cache`, with `attention_mask` where it is padded), but not edited by hooks: the
+    engine runs its rows one by one.
 
     There are no gradients, parameters or torch modules: bwd_hooks, stop_at_layer and functions
     that walk `bridge.blocks` raise. `bridge.W_E` [V, D] and `bridge.W_U` [D, V] are copies.
