@@ -30,5 +30,6 @@ for library in ("libgomp", "libabsl_status"):
     assert found or library == "libabsl_status", f"{library} is not in the wheel"
 for licence in ("oneDNN-LICENSE", "abseil-copyright", "libgomp-gcc-copyright"):
     assert any(licence in name for name in names), f"licence {licence} is not in the wheel"
+assert "gemloupe/docs/hooks.md" in names, "the pages of gl.help are not in the wheel"
 print(f"{sys.argv[1]}: {len(names)} files")
 CHECK

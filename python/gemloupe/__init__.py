@@ -20,6 +20,7 @@ from gemloupe.cache import KvCache
 from gemloupe.capturing import at
 from gemloupe.comparison import compare, record_reference
 from gemloupe.conversion import convert
+from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
 from gemloupe.model import Model, load
@@ -55,6 +56,7 @@ __all__ = [
     "convert",
     "directional",
     "estimate",
+    "help",
     "hook_points",
     "induction_scores",
     "load",

@@ -1,0 +1,1 @@
+"""Bridges to other interpretability packages; importing one of them needs only that package."""
