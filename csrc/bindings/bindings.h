@@ -24,6 +24,9 @@ T ValueOrThrow(StatusOr<T> value) {
   return std::move(value).value();
 }
 
+// A caller's array, converted to contiguous float32 where it is not.
+using Floats = pybind11::array_t<float, pybind11::array::c_style | pybind11::array::forcecast>;
+
 // A read-only array that owns `values`; nothing is copied.
 pybind11::array_t<float> ToArray(std::vector<float> values, std::vector<pybind11::ssize_t> shape);
 

@@ -7,8 +7,6 @@ namespace py = pybind11;
 namespace gemloupe {
 namespace {
 
-using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
-
 // An edit by a Python function: fn(x, site) gets a copy of the rows and returns the array to be used,
 // of the same shape. Exceptions end the pass and reach the caller (ThrowIfError).
 class FunctionEdit : public Edit {

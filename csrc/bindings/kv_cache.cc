@@ -272,6 +272,12 @@ void BindKvCache(py::module_& module) {
           },
           py::arg("length"), "Drops positions from `length` on.")
       .def(
+          "rewind",
+          [](const CachePtr& cache, int64_t length) {
+            ThrowIfError(WithLease(cache, [&] { return cache->Rewind(length); }));
+          },
+          py::arg("length"), "Makes positions from `length` on writable again, keeping entries.")
+      .def(
           "append_random",
           [](const CachePtr& cache, const std::vector<int32_t>& ids, uint32_t seed) {
             WithLease(cache, [&] {

@@ -32,9 +32,20 @@ py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& nam
 // logits [rows, V], or None without rows.
 py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<KvCache> cache,
                     int64_t logits_begin, int64_t logits_end, const std::shared_ptr<Hooks>& hooks,
-                    std::optional<float> softcap, int64_t chunk) {
+                    std::optional<float> softcap, int64_t chunk, int first_layer,
+                    const std::optional<Floats>& resid_pre) {
   SignalCheck stopped;
   RunRequest request;
+  if (resid_pre.has_value()) {
+    const auto rows = static_cast<py::ssize_t>(ids.size());
+    if (resid_pre->ndim() != 2 || resid_pre->shape(0) != rows ||
+        resid_pre->shape(1) != model.config().hidden_size || first_layer < 0 ||
+        first_layer >= model.config().num_hidden_layers) {
+      throw py::value_error("run: resid_pre is not [ids, hidden_size] of one of the layers");
+    }
+    request.first_layer = first_layer;
+    request.resid_pre = ConstMatrix(resid_pre->data(), rows, resid_pre->shape(1));
+  }
   request.ids = std::move(ids);
   request.cache = std::move(cache);
   request.logits_begin = logits_begin;
@@ -49,9 +60,8 @@ py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<
   return ToArray(std::move(logits), {logits_end - logits_begin, model.config().vocab_size});
 }
 
-py::array_t<float> Unembed(TextModel& model,
-                           const py::array_t<float, py::array::c_style | py::array::forcecast>& x,
-                           bool norm, std::optional<float> softcap, std::vector<int32_t> vocab) {
+py::array_t<float> Unembed(TextModel& model, const Floats& x, bool norm,
+                           std::optional<float> softcap, std::vector<int32_t> vocab) {
   if (x.ndim() != 2 || x.shape(1) != model.config().hidden_size) {
     throw py::value_error("unembed: x has " + std::to_string(x.ndim()) +
                           " axes, expected [T, hidden_size " +
@@ -117,6 +127,7 @@ void BindTextModel(py::module_& module) {
                              [](const TextModel& model) { return model.weights().mapped_bytes(); })
       .def("run", &RunModel, py::arg("ids"), py::arg("cache"), py::arg("logits_begin"),
            py::arg("logits_end"), py::arg("hooks"), py::arg("softcap"), py::arg("chunk"),
+           py::arg("first_layer") = 0, py::arg("resid_pre") = py::none(),
            "One sequence through the model; its tokens are appended to the cache.")
       .def("unembed", &Unembed, py::arg("x"), py::arg("norm"), py::arg("softcap"), py::arg("vocab"),
            "Logits [T, V or vocab] of residual streams x [T, D].");

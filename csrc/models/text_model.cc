@@ -234,28 +234,29 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
   SetBatch(request.batch, ctx);
   Matrix resid = arena_.NewMatrix(ctx.rows(), config_.hidden_size);
   GatherRows(embed_tokens_, request.batch.ids.data(), 0, embed_scale_, resid);
-  ctx.Visit(HookPoint::kEmbed, resid);
+  if (request.first_layer == 0) ctx.Visit(HookPoint::kEmbed, resid);
   const int64_t width = config_.hidden_size_per_layer_input;
   const Matrix embed = resid.rows > 0 && width > 0 && plan.first_reduced < plan.end
                            ? arena_.NewMatrix(resid.rows, resid.cols)
                            : Matrix();
   if (embed.data != nullptr) CopyRows(resid, embed);
   Matrix inputs;  // per-layer inputs of layers [first_input, …)
-  int first_input = 0;
-  if (width > 0) {
+  const int first = request.first_layer;
+  int first_input = first;
+  const int whole = std::min(plan.first_reduced, plan.end);  // layers before it see all rows
+  if (width > 0 && first < whole) {
     // Layers that a pass without hooks computes for its tail alone have a product of their own.
-    std::vector<InputLayers> parts = {{0, std::min(plan.first_reduced, plan.end), 0}};
-    if (plan.tail_rows > 0 && plan.first_reduced > plan.last_storing) {
-      parts = {{0, plan.last_storing, 0},
-               {plan.last_storing, std::min(plan.first_reduced, plan.end), plan.tail_rows}};
-    }
-    inputs = arena_.NewMatrix(resid.rows, parts.back().end * width);
+    const int split = plan.tail_rows > 0 ? std::clamp(plan.last_storing, first, whole) : whole;
+    const std::vector<InputLayers> parts = {{first, split, 0}, {split, whole, plan.tail_rows}};
+    inputs = arena_.NewMatrix(resid.rows, (whole - first) * width);
     GL_RETURN_IF_ERROR(PerLayerInputs(resid, parts, ctx, inputs));
   }
+  if (request.resid_pre.rows > 0) CopyRows(request.resid_pre, resid);
   Batch batch;                                             // the rows that go on
   std::vector<int64_t> held;                               // their numbers in the pass
   std::vector<int64_t> logits_rows = request.logits_rows;  // their numbers among those that go on
-  for (int i = 0; i < plan.end; ++i) {
+  bool reduced = false;
+  for (int i = first; i < plan.end; ++i) {
     if (request.stopped && request.stopped()) return absl::CancelledError("interrupted");
     if (ctx.hooks != nullptr) GL_RETURN_IF_ERROR(ctx.hooks->status);
     ctx.layer = i;
@@ -267,7 +268,7 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
     if (plan.reduces && i >= plan.first_reduced) {
       const std::vector<int64_t> rows = plan.Of(i);
       if (rows.empty()) break;
-      if (i == plan.first_reduced || rows.size() < held.size()) {
+      if (!reduced || rows.size() < held.size()) {
         // Numbers among the rows held so far.
         std::vector<int64_t> among = rows;
         if (!held.empty()) {
@@ -289,7 +290,7 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
           logits_rows[row] =
               std::lower_bound(rows.begin(), rows.end(), request.logits_rows[row]) - rows.begin();
         }
-        if (width > 0 && i == plan.first_reduced) {
+        if (width > 0 && !reduced) {
           inputs = arena_.NewMatrix(resid.rows, (plan.end - i) * width);
           const InputLayers part = {i, plan.end, plan.tail_rows};
           GL_RETURN_IF_ERROR(PerLayerInputs(select(embed), {&part, 1}, ctx, inputs));
@@ -298,6 +299,7 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
           inputs = select(inputs);
         }
         held = rows;
+        reduced = true;
       }
     }
     const Matrix input(inputs.data + (i - first_input) * width, inputs.rows, width, inputs.stride);
@@ -326,7 +328,8 @@ Status TextModel::PerLayerInputs(ConstMatrix embed, std::span<const InputLayers>
         Linear(embed, {{&per_layer_model_projection_, dst, part.begin * width}}, path, *ctx.arena));
   }
   // Hooks see the inputs of all layers in one piece.
-  const bool shown = first == 0 && parts.back().end == static_cast<int>(layers_.size());
+  const bool shown =
+      parts.front().begin == 0 && parts.back().end == static_cast<int>(layers_.size());
   const auto visit = [&](HookPoint point, Matrix x) {
     if (shown) ctx.Visit(point, x);
   };

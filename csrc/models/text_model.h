@@ -42,6 +42,10 @@ struct PassRequest {
   Batch batch;
   std::vector<int64_t> logits_rows;  // rows of the batch whose logits are wanted, ascending
   std::vector<Hooks*> hooks;         // one a segment, null for none; or empty
+  // The pass begins at this layer, with these residual streams [T, D] (without rows: the embeddings);
+  // the caches hold what earlier layers stored.
+  int first_layer = 0;
+  ConstMatrix resid_pre;
   bool row_exact = false;            // decode: a row's bits do not depend on its neighbours
   std::optional<float> softcap;      // instead of the config's; 0 for none
   std::function<bool()> stopped;     // asked once a layer; true ends the pass with Cancelled

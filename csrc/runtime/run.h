@@ -23,6 +23,9 @@ struct RunRequest {
   int64_t logits_begin = 0;        // rows [logits_begin, logits_end) of ids give logits
   int64_t logits_end = 0;
   Hooks* hooks = nullptr;
+  // As in PassRequest; resid_pre [ids, D].
+  int first_layer = 0;
+  ConstMatrix resid_pre;
   std::optional<float> softcap;
   int64_t chunk = kDefaultChunk;
   std::function<bool()> stopped;

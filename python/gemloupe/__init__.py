@@ -26,6 +26,7 @@ from gemloupe.inspect import estimate
 from gemloupe.model import Model, load
 from gemloupe.output import Output
 from gemloupe.prompt import Prompt
+from gemloupe.router_trace import RouterTrace
 from gemloupe.run import Run
 from gemloupe.stream import Piece, Stream
 
@@ -44,26 +45,25 @@ __all__ = [
     "Output",
     "Piece",
     "Prompt",
+    "RouterTrace",
     "Run",
     "Stream",
     "__version__",
     "at",
+    "attribution",
     "before",
     "compare",
     "convert",
-    "edits",
-    "attribution",
-    "convert",
     "directional",
+    "edits",
     "estimate",
     "help",
     "hook_points",
     "induction_scores",
     "load",
-    "plot",
     "logit_lens",
     "patching_grid",
     "plot",
-    "steering_vector",
     "record_reference",
+    "steering_vector",
 ]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gemloupe import _core, edits, hooks
+from gemloupe import _core, edits, hooks, routing
 from gemloupe.config import TextConfig
 from gemloupe.errors import did_you_mean, format_bytes, one_of, quoted
 from gemloupe.positions import Positions, Span, resolve
+from gemloupe.router_trace import RouterTrace
 
 REDUCES = ("mean", "norm", "last")
 
@@ -53,12 +54,19 @@ class Request:
     edits: tuple[tuple[hooks.HookPoint, edits.Edit], ...]
     skipped: tuple[str, ...]
     check_finite: bool = False
+    routing: str | None = None
+    """The level of the router trace that is made (gemloupe.routing), or None."""
 
     def __bool__(self) -> bool:
         return bool(self.wanted or self.edits)
 
+    @property
+    def asked(self) -> list[str]:
+        """The captures that the caller asked for, without those that a router trace needs."""
+        return [wanted.key for wanted in self.wanted if not wanted.key.startswith(_TRACE)]
 
-NOTHING = Request((), (), ())
+
+_TRACE = "trace/"  # Begins the keys of what a router trace is made from.
 
 
 def parse_capture(
@@ -118,12 +126,30 @@ def parse_edit(
     return found, sorted({*skipped})
 
 
-def parse(capture: Any, edit: Any, config: TextConfig, check_finite: bool = False) -> Request:
-    """Returns the request for one row's `capture` and `edit`."""
-    wanted, lacking = parse_capture(capture, config) if _given(capture) else ([], [])
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `run` and `generate` that are about hooks."""
+
+    capture: Any = ()
+    routing: Any = False
+    check_finite: bool = False
+
+
+def parse(options: Options, edit: Any, config: TextConfig) -> Request:
+    """Returns the request for one row's `edit`.
+
+    ValueError and KeyError for what is not understood, naming it.
+    """
+    wanted, lacking = ([], [])
+    if _given(options.capture):
+        wanted, lacking = parse_capture(options.capture, config)
     changes, lacking_edits = parse_edit(edit, config)
     skipped = tuple(sorted({*lacking, *lacking_edits}))
-    return Request(tuple(wanted), tuple(changes), skipped, check_finite)
+    level = routing.check_level(options.routing)
+    points = hooks.hook_points(config)
+    for name, reduce in routing.hook_points(level, config).items():
+        wanted.append(Wanted(_TRACE + name, points[name], False, At(None, reduce)))
+    return Request(tuple(wanted), tuple(changes), skipped, options.check_finite, level)
 
 
 def _given(capture: Any) -> bool:
@@ -163,15 +189,20 @@ class BoundHooks:
                     wanted.at.reduce or "", group,
                 )
             )  # fmt: skip
+        self.edited: list[tuple[hooks.HookPoint, Positions]] = []
         for point, edit in request.edits:
             site = edits.Site(point, config, span, row)
             for target, where, core in edit.bind(site):
                 self.core.add_edit(target.index, target.layer, where.core(), core)
+                self.edited.append((target, where))
 
-    def take(self, *, joined: bool) -> Captured:
-        """Returns what was captured; call it once, after the last pass.
+    def take(
+        self, ids: np.ndarray, tokens: Callable[[], list[str]], *, joined: bool
+    ) -> tuple[Captured, RouterTrace | None]:
+        """Returns what was captured, and the router trace; call it once, after the last pass.
 
-        `joined`: scores and patterns of several passes become one array, else a list of them.
+        `joined`: scores and patterns of several passes become one array, else a list of them. `ids`
+        and `tokens` (their strings) are those of all passes, for the trace.
         """
         arrays: dict[str, Any] = {}
         positions: dict[str, np.ndarray] = {}
@@ -183,7 +214,16 @@ class BoundHooks:
                 value = _shaped(values, wanted, self._config)
             arrays[wanted.key] = value
             positions[wanted.key] = at_rows
-        return Captured(arrays, positions, self._config)
+        traced = {name: array for name, array in arrays.items() if name.startswith(_TRACE)}
+        trace = None
+        if traced:
+            held = positions[next(iter(traced))]
+            values = {name.removeprefix(_TRACE): array for name, array in traced.items()}
+            trace = routing.make_trace(
+                self.request.routing, values, ids, held, tokens, self._config
+            )
+        kept = {name: array for name, array in arrays.items() if name not in traced}
+        return Captured(kept, positions, self._config), trace
 
 
 def _by_pass(point: hooks.HookPoint) -> bool:
@@ -259,6 +299,11 @@ class Captured(Mapping[str, Any]):
         """The absolute positions [T] of the rows captured at a point (of S, for attn.keys)."""
         return self._positions[self._key(name)]
 
+    def only(self, names: Iterable[str]) -> Captured:
+        """The same with these names alone."""
+        kept = {name: self._arrays[name] for name in names}
+        return Captured(kept, {name: self._positions[name] for name in kept}, self._config)
+
     def _key(self, name: str) -> str:
         if name in self._arrays:
             return name
@@ -276,12 +321,6 @@ class Captured(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Captured({one_of(list(self._arrays)[:8])}, {len(self)} in all)"
-
-    def without(self, names: Iterable[str]) -> Captured:
-        """The same without some names."""
-        dropped = {*names}
-        kept = {name: array for name, array in self._arrays.items() if name not in dropped}
-        return Captured(kept, {name: self._positions[name] for name in kept}, self._config)
 
 
 def check_memory(
@@ -325,4 +364,4 @@ def _capture_bytes(
     return 4 * width * (1 if wanted.at.reduce in ("mean", "last") else count)
 
 
-__all__ = ["NOTHING", "At", "BoundHooks", "Captured", "Positions", "Request", "at", "parse"]
+__all__ = ["At", "BoundHooks", "Captured", "Options", "Request", "at", "parse", "row_edits"]

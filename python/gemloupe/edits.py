@@ -220,12 +220,18 @@ def sae(
 
     loaded = source if isinstance(source, Sae) else load_sae(source)
     parts = loaded.feature_parts(list(features))
+    if parts is None:  # Features that depend on others: gated, top-k, scaled inputs.
+        by_function = function(
+            lambda x: loaded.with_features(x, features), positions=positions, rows=rows
+        )
+        return replace(by_function, kind="sae")
     targets = [float(value) for value in features.values()]
 
     def bind(edit: Edit, site: Site, where: Positions) -> list[Bound]:
-        if site.shape != (parts.encoder.shape[1],):
+        width = parts.encoder.shape[1]
+        if int(np.prod(site.shape, dtype=np.int64)) != width:
             raise ValueError(
-                f"sae of width {parts.encoder.shape[1]} at {site.point.name}, whose rows are "
+                f"sae of width {width} at {site.point.name}, whose rows are "
                 f"{format_shape(site.shape)}"
             )
         core = _core.set_features(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gemloupe import _core, capturing
+from gemloupe import _core, cache_edits, capturing
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.output import Output, Timings, TokenLogprobs
@@ -101,6 +101,8 @@ def generate(
     gets no BOS. In a batch each of these may be a list, one value a row. `softcap`: "config", a
     number, or None for uncapped logits. Fewer tokens come where the context ends.
 
+    `routing`: "experts" gives `out.routing` the experts and their weights, "full" logits and
+    probabilities too, False nothing (None for a dense model).
     `capture` and `edit` as in `model.run`: they act on the prompt and on every generated token.
     `out.captured[name]` covers both ([prompt + new − 1, …]; the last token is never read); scores,
     patterns, keys and values are lists with one array a pass.
@@ -147,8 +149,9 @@ def generate(
         model.config.eos_token_ids,
         model.config.text.vocab_size,
     )
+    hooked = capturing.Options(capture, routing, check_finite)
     requests = [
-        capturing.parse(capture, of_row, model.config.text, check_finite)
+        capturing.parse(hooked, of_row, model.config.text)
         for of_row in capturing.row_edits(edit, len(prompts) if batch else None)
     ]
     rows = [
@@ -259,6 +262,13 @@ class _Row:
     def output(self, cache: Any) -> Output:
         ids = np.array(self.ids, np.int32)
         ids.setflags(write=False)
+        captured: Mapping[str, Any] = {}
+        trace = None
+        if self.hooks:
+            # The last token is chosen, not read.
+            read = np.concatenate([self.prompt.ids, ids[:-1]])
+            tokenizer = self.prompt.tokenizer
+            captured, trace = self.hooks.take(read, lambda: tokenizer.tokens(read), joined=False)
         return Output(
             prompt=self.prompt,
             ids=ids,
@@ -267,7 +277,8 @@ class _Row:
             prompt_logprobs=self.prompt_logprobs if self.options.prompt_logprobs else None,
             cache=cache,
             timings=self.timings,
-            captured=self.hooks.take(joined=False) if self.hooks else {},
+            captured=captured,
+            routing=trace,
             seed=self.options.sampling.seed,
             stop_strings=self.options.stop_strings,
         )
@@ -306,6 +317,8 @@ class Generation:
         new = row.options.max_new_tokens
         capturing.check_memory(row.request, text, span, new, _core.DEFAULT_CHUNK)
         row.hooks = capturing.BoundHooks(row.request, text, span, index)
+        if row.cache is not None:
+            cache_edits.note(row.cache, row.request)
 
     def _request(self, row: _Row, softcap: float | None) -> Any:
         options = row.options

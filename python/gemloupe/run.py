@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe import _core, capturing
+from gemloupe import _core, cache_edits, capturing, rerun
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.errors import one_of
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
+from gemloupe.router_trace import RouterTrace
 from gemloupe.sampling import softcap_value
 
 if TYPE_CHECKING:
@@ -30,12 +31,16 @@ class Run:
     """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None."""
     captured: capturing.Captured
     """name -> float32 [T, …], read-only."""
-    cache: KvCache
-    """The KV cache after the pass."""
+    cache: KvCache | None
+    """The KV cache after the pass; None where the pass ended early (logits=None)."""
     positions: np.ndarray
     """int64 [T]: the absolute position of each row."""
     skipped: tuple[str, ...] = field(default=())
     """Points of a pattern that their layers don't have."""
+    routing: RouterTrace | None = None
+    """The routers' choices; None for a dense model and with routing=False."""
+    kept: rerun.Kept | None = field(default=None, repr=False)
+    """What `model.run(this_run, edit=…)` begins from, with keep=True."""
 
     def __getitem__(self, name: str) -> Any:
         return self.captured[name]
@@ -75,34 +80,40 @@ def run(
     edit: Any = None,
     logits: LogitsRows = "last",
     softcap: float | str | None = "config",
+    routing: str | bool = "full",
     thinking: bool = False,
     bos: bool | str = "auto",
     chunk: int = _core.DEFAULT_CHUNK,
     check_finite: bool = False,
+    keep: bool = False,
 ) -> Run | list[Run]:
     batch = is_batch(x)
     rows = len(x) if batch else None
+    hooked = capturing.Options(capture, routing, check_finite)
+    if isinstance(x, Run):
+        if cache is not None or keep:
+            raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
+        request = capturing.parse(hooked, edit, model.config.text)
+        _check_logits(logits, request)
+        return _rerun(
+            model, x, _RowOptions(0, None, logits, request, softcap_value(softcap), chunk)
+        )
     caches = row_caches(cache, rows)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
     continued = any(given is not None and given.length > 0 for given in caches)
     prompts = model.prepare(x, thinking=thinking, bos=False if continued and bos == "auto" else bos)
     requests = [
-        capturing.parse(capture, of_row, model.config.text, check_finite)
+        capturing.parse(hooked, of_row, model.config.text)
         for of_row in capturing.row_edits(edit, rows)
     ]
-    names = [wanted.point.name for wanted in requests[0].wanted]
-    if logits is None and (heads := [name for name in names if name.startswith("logits")]):
-        raise ValueError(
-            f'capture has {one_of(heads)}, but logits is None; expected "last", "all" or a slice: '
-            "only the rows that it asks for have logits"
-        )
+    _check_logits(logits, requests[0])
     cap = softcap_value(softcap)
     runs = []
     before = [(given, given.fork()) for given in caches if given is not None and batch]
     try:
         for i, prompt in enumerate(prompts if batch else [prompts]):
-            options = _RowOptions(i, caches[i], logits, requests[i], cap, chunk)
+            options = _RowOptions(i, caches[i], logits, requests[i], cap, chunk, keep)
             runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
@@ -119,26 +130,71 @@ class _RowOptions:
     request: capturing.Request
     cap: float | None
     chunk: int
+    keep: bool = False
+
+
+def _check_logits(logits: LogitsRows, request: capturing.Request) -> None:
+    heads = [name for name in request.asked if name.startswith("logits")]
+    if logits is None and heads:
+        raise ValueError(
+            f'capture has {one_of(heads)}, but logits is None; expected "last", "all" or a slice: '
+            "only the rows that it asks for have logits"
+        )
 
 
 def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
-    used = options.cache if options.cache is not None else model.new_cache()
     text = model.config.text
+    used = options.cache
+    if used is None:
+        used = model.new_cache(sliding="full" if options.keep else "ring")
     span = Span(prompt, used.length)
-    request = options.request
+    request = rerun.with_residuals(options.request, text) if options.keep else options.request
     begin, end = _logits_rows(options.logits, len(prompt))
     bound = None
     if request:
         capturing.check_memory(request, text, span, 0, options.chunk)
         bound = capturing.BoundHooks(request, text, span, options.row)
         bound.core.expected_rows = len(prompt)
+    cache_edits.note(used, request)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
         options.chunk,
     )  # fmt: skip
-    captured = bound.take(joined=True) if bound else capturing.Captured({}, {}, text)
+    captured, trace = capturing.Captured({}, {}, text), None
+    if bound:
+        captured, trace = bound.take(prompt.ids, lambda: prompt.tokens, joined=True)
+    kept = None
+    if options.keep:
+        kept, captured = rerun.keep(captured, request, used, prompt)
     positions = np.arange(span.first, span.end)
-    return Run(prompt, values, captured, used, positions, request.skipped)
+    return Run(prompt, values, captured, used, positions, request.skipped, trace, kept)
+
+
+def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
+    if earlier.kept is None:
+        raise ValueError(
+            "this run kept nothing to begin from; make it with model.run(x, keep=True)"
+        )
+    text = model.config.text
+    kept, prompt, request = earlier.kept, earlier.prompt, options.request
+    span = Span(prompt, kept.first)
+    begin, end = _logits_rows(options.logits, len(prompt))
+    capturing.check_memory(request, text, span, 0, options.chunk)
+    bound = capturing.BoundHooks(request, text, span, 0)
+    layer, position = rerun.reach(bound, model, span, span.first + begin)
+    skipped = position - span.first
+    used = kept.cache.fork()
+    used.core.rewind(position)
+    ids = prompt.ids[skipped:]
+    bound.core.expected_rows = len(ids)
+    cache_edits.note(used, request)
+    values = model.core.run(
+        ids.tolist(), used.core, max(0, begin - skipped), max(0, end - skipped), bound.core,
+        options.cap, options.chunk, layer, kept.residuals[layer][skipped:] if layer else None,
+    )  # fmt: skip
+    captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
+    positions = np.arange(span.first, span.end)
+    return Run(prompt, values, captured, used, positions, request.skipped, trace)
 
 
 def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:

@@ -1,21 +1,22 @@
 """Plots of what a model did, with matplotlib (the extra `plot`); every function returns Axes."""
 
-from gemloupe.plot.cache import cache
-
-__all__ = ["cache"]
-from gemloupe.plot.routing import coactivation, routing, routing_drift, token_classes
-
-__all__ = ["coactivation", "routing", "routing_drift", "token_classes"]
 from gemloupe.plot.attention import attention
 from gemloupe.plot.attribution import attribution
+from gemloupe.plot.cache import cache
 from gemloupe.plot.induction import induction
 from gemloupe.plot.lens import lens
 from gemloupe.plot.patching import patching
+from gemloupe.plot.routing import coactivation, routing, routing_drift, token_classes
 
 __all__ = [
     "attention",
     "attribution",
+    "cache",
+    "coactivation",
     "induction",
     "lens",
     "patching",
+    "routing",
+    "routing_drift",
+    "token_classes",
 ]
