@@ -8,11 +8,11 @@ const std::vector<HookPointInfo>& HookPoints() {
   using P = HookPoint;
   static const std::vector<HookPointInfo> points = {
       {P::kEmbed, "embed", false, "[T, D]", true, "embed_tokens", "hook_embed"},
-      {P::kPerLayerToken, "per_layer_inputs.token", false, "[T, L, P]", true,
-       "embed_tokens_per_layer", ""},
       {P::kPerLayerContextScale, "per_layer_inputs.context.scale", false, "[T, L]", true, "", ""},
       {P::kPerLayerContext, "per_layer_inputs.context", false, "[T, L, P]", true,
        "per_layer_projection_norm", ""},
+      {P::kPerLayerToken, "per_layer_inputs.token", false, "[T, L, P]", true,
+       "embed_tokens_per_layer", ""},
       {P::kPerLayerInputs, "per_layer_inputs", false, "[T, L, P]", true, "", ""},
       {P::kResidPre, "resid_pre", true, "[T, D]", true, "layers.{i}.input",
        "blocks.{i}.hook_resid_pre"},

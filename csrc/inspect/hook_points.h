@@ -13,9 +13,9 @@ namespace gemloupe {
 // each is. A norm's divisor (…Scale) comes before its result.
 enum class HookPoint : uint8_t {
   kEmbed,
-  kPerLayerToken,
   kPerLayerContextScale,
   kPerLayerContext,
+  kPerLayerToken,
   kPerLayerInputs,
   // Of every layer:
   kResidPre,
