@@ -79,7 +79,7 @@ double PeakFlops(int threads) {
     ThreadPool::Get().ParallelFor(threads, [&](int64_t, int) {
       alignas(64) static thread_local float a[6 * kK], b[kK * kN * 4], c[6 * kN * 4];
       for (int i = 0; i < kRepeat; ++i) {
-        Kernels().accumulate_f32(c, kN * 4, a, kK, b, kN * 4, 6, kK, kN * 4);
+        Kernels().accumulate_f32(c, kN * 4, a, kK, b, kN * 4, 6, kK, kN * 4, {});
       }
     });
     best = std::max(best, threads * kRepeat * 2.0 * 6 * kK * kN * 4 / (Now() - begin));
@@ -103,7 +103,7 @@ double ReadRate(int threads) {
       ThreadPool::Get().ParallelFor(parts, [&](int64_t part, int) {
         std::array<float, kRows> sums;
         Kernels().matmul_f32(sums.data(), kRows, src.data(), kWidth,
-                             buffer.data() + (group + part) * kPart, kWidth, 1, kRows, kWidth);
+                             buffer.data() + (group + part) * kPart, kWidth, 1, kRows, kWidth, {});
       });
       taken.push_back(Now() - begin);
     }
