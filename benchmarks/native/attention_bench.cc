@@ -32,10 +32,9 @@ struct Shape {
   int64_t head_dim;
   bool values_are_keys;
 };
-constexpr Shape kShapes[] = {{"E2B full", 8, 1, 512, false},
-                             {"26B full", 16, 2, 512, true},
-                             {"12B full", 16, 1, 512, true},
-                             {"E2B sliding", 8, 1, 256, false},
+constexpr Shape kShapes[] = {{"E2B full", 8, 1, 512, false},    {"E4B full", 8, 2, 512, false},
+                             {"26B full", 16, 2, 512, true},    {"12B full", 16, 1, 512, true},
+                             {"E2B sliding", 8, 1, 256, false}, {"E4B sliding", 8, 2, 256, false},
                              {"26B sliding", 16, 8, 256, false}};
 
 // What --only asked for.

@@ -8,13 +8,12 @@ namespace gemloupe::GEMLOUPE_KERNEL_ISA {
 namespace {
 
 constexpr int kLineBytes = 64;
-// Values j … j + 31 stay in the cache while all columns pass over them and the next are fetched.
+// Values that all columns pass over before the next ones: they stay in the first-level cache, since two
+// blocks of columns can share a line.
 constexpr int64_t kBlockValues = 32;
-// The fetched values are walked as four streams: one alone does not saturate the memory.
-constexpr int64_t kStreams = 4;
 
 // Vectors of columns whose sums are kept in registers. By rows, for 32 and for 16 registers:
-constexpr int kVecs32[] = {16, 8, 8, 4, 4, 4, 2, 2};
+constexpr int kVecs32[] = {16, 8, 8, 4, 4, 4, 3, 3};
 constexpr int kVecs16[] = {8, 4, 4, 2, 1, 1, 1, 1};
 template <int kRows>
 constexpr int kSumVecs = (kRegisters == 32 ? kVecs32 : kVecs16)[kRows - 1];
@@ -33,15 +32,10 @@ GEMLOUPE_INLINE void SumBlock(float* dst, int64_t dst_stride, const float* coef,
   }
   for (int64_t j = 0; j < count; ++j) {
     const char* row = value + j * value_bytes;
-    const int64_t ahead_row = kBlockValues + j % kStreams * (kBlockValues / kStreams) + j / kStreams;
-    const char* ahead = value + ahead_row * value_bytes;
     fetch.Step<(kVecs * kStep + kLineBytes - 1) / kLineBytes>();
     Vec x[kVecs];
     GEMLOUPE_UNROLL
-    for (int v = 0; v < kVecs; ++v) {
-      if (v * kStep % kLineBytes == 0) _mm_prefetch(ahead + v * kStep, _MM_HINT_T0);
-      x[v] = InRegister(Element::Load(row + v * kStep));
-    }
+    for (int v = 0; v < kVecs; ++v) x[v] = InRegister(Element::Load(row + v * kStep));
     GEMLOUPE_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const Vec factor = Set(coef[r * coef_stride + j]);
@@ -118,10 +112,10 @@ void AccumulateF32(float* dst, int64_t dst_stride, const float* coef, int64_t co
 }
 
 void AccumulateBf16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
-                   Fetch fetch) {
+                    const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
+                    Fetch fetch) {
   Accumulate<Bfloat16>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols,
-                      fetch);
+                       fetch);
 }
 
 void AccumulateF16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
@@ -132,10 +126,10 @@ void AccumulateF16(float* dst, int64_t dst_stride, const float* coef, int64_t co
 }
 
 void AccumulateI8(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
-                   Fetch fetch) {
+                  const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
+                  Fetch fetch) {
   Accumulate<Int8>(dst, dst_stride, coef, coef_stride, value, value_stride, rows, count, cols,
-                      fetch);
+                   fetch);
 }
 
 }  // namespace gemloupe::GEMLOUPE_KERNEL_ISA

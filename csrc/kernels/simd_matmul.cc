@@ -168,22 +168,26 @@ GEMLOUPE_INLINE void Matmul(float* dst, int64_t dst_stride, const float* src, in
 }  // namespace
 
 void MatmulF32(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k, Fetch fetch) {
+               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+               Fetch fetch) {
   Matmul<Float32>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 
 void MatmulBf16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-                const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k, Fetch fetch) {
+                const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+                Fetch fetch) {
   Matmul<Bfloat16>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 
 void MatmulF16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k, Fetch fetch) {
+               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+               Fetch fetch) {
   Matmul<Float16>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 
 void MatmulI8(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k, Fetch fetch) {
+              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+              Fetch fetch) {
   Matmul<Int8>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 

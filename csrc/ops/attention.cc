@@ -255,8 +255,8 @@ void Attender::AddBlock(const Tile& tile, int64_t block, const BlockView& view, 
     std::fill_n(scores, rows * kKvBlock, 0.0f);
   }
   if (value_dims_ > 0) {
-    matmul(unrotated, kKvBlock, q, tile.stride, values, view.value_stride, rows, count,
-           value_dims_, {});
+    matmul(unrotated, kKvBlock, q, tile.stride, values, view.value_stride, rows, count, value_dims_,
+           {});
   }
   for (int i = 0; i < rows; ++i) {
     const int64_t r = first + i;
@@ -302,16 +302,20 @@ void Attender::AttendChunk(const Tile& tile, int64_t chunk, const Partial& part,
   for (int64_t block = begin / kKvBlock; block * kKvBlock < end; ++block) {
     BlockView view = Stored(block, tile.kv_head);
     if (!direct && view.dtype != DType::kFloat32) view = Widened(view, wide);
-    if (direct) {
-      // One product ahead: the values beside the keys, the next keys beside the values.
-      view.key_fetch = {view.values, kKvBlock * layout.value_bytes()};
-      if ((block + 1) * kKvBlock < end) {
-        view.value_fetch = {Stored(block + 1, tile.kv_head).keys, kKvBlock * layout.key_bytes()};
+    // Each product fetches what the one after it reads; where blocks are copied, the next block.
+    if ((block + 1) * kKvBlock < end) {
+      const BlockView next = Stored(block + 1, tile.kv_head);
+      const Fetch keys = {next.keys, kKvBlock * layout.key_bytes()};
+      view.value_fetch = keys;
+      if (!direct) {
+        view.key_fetch = keys;
+        view.value_fetch = {next.values, kKvBlock * layout.value_bytes()};
       }
     }
+    if (direct) view.key_fetch = {view.values, kKvBlock * layout.value_bytes()};
     const int64_t step = direct ? kMaxKernelRows : kWideRows;
     for (int64_t r = 0; r < tile.rows; r += step) {
-      if (r > 0) view.key_fetch = view.value_fetch = {};
+      if (r > 0) view.key_fetch = view.value_fetch = {};  // once a block
       AddBlock(tile, block, view, part, r, static_cast<int>(std::min(step, tile.rows - r)));
     }
   }

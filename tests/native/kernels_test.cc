@@ -202,8 +202,8 @@ TEST_P(Kernels, MatmulOfOneOutputIsBitEqualToTheSameAmongMany) {
       matmul(all.data(), kN, x.data(), k, w.bytes.data(), k, kRows, kN, k, {});
       for (int r = 0; r < kRows; ++r) {
         for (int64_t i = 0; i < kN; ++i) {
-          matmul(&alone[r * kN + i], 1, &x[r * k], k, &w.bytes[i * k * w.element_bytes], k, 1, 1,
-                 k, {});
+          matmul(&alone[r * kN + i], 1, &x[r * k], k, &w.bytes[i * k * w.element_bytes], k, 1, 1, k,
+                 {});
         }
       }
       EXPECT_TRUE(SameBits(all, alone));
@@ -267,7 +267,8 @@ TEST_P(Kernels, AccumulateIsBitEqualWhateverTheRowsColumnsAndParts) {
     const std::vector<float> a = Normal(kRows * kCount, 8);
     const Stored v = RandomStored(storage, kCount * kCols, 9);
     std::vector<float> all(kRows * kCols), single(kRows * kCols);
-    accumulate(all.data(), kCols, a.data(), kCount, v.bytes.data(), kCols, kRows, kCount, kCols, {});
+    accumulate(all.data(), kCols, a.data(), kCount, v.bytes.data(), kCols, kRows, kCount, kCols,
+               {});
     for (int r = 0; r < kRows; ++r) {
       for (int64_t c = 0; c < kCols; ++c) {
         for (int64_t j = 0; j < kCount; ++j) {
