@@ -18,7 +18,7 @@ constexpr int kGemmRows = 12;
 
 // How far ahead of its use a tile is fetched. One core follows one stream: from 4 KiB on this reaches
 // the memory's rate, see gemloupe_kernels_bench.
-constexpr size_t kAheadBytes = 8192;
+constexpr size_t kAheadBytes = 2048;
 
 // acc += four elements of every row times the four activations at p. In assembly, because GCC 12 makes
 // two instructions of it, a broadcast and a product.
@@ -141,8 +141,8 @@ GEMLOUPE_INLINE void PanelStreams(float* dst, int64_t dst_stride, int64_t dst_st
         // The lines of this part of the tile, a little more where they don't divide evenly.
         constexpr size_t kLines = Format::kTileBytes / 64;
         constexpr size_t kPartLines = (kLines + Format::kParts - 1) / Format::kParts;
-        const uint8_t* ahead = tile + kAheadBytes / kStreams +
-                               static_cast<size_t>(part) * (kLines / Format::kParts) * 64;
+        const uint8_t* ahead =
+            tile + kAheadBytes + static_cast<size_t>(part) * (kLines / Format::kParts) * 64;
         GEMLOUPE_UNROLL
         for (size_t line = 0; line < kPartLines; ++line) {
           _mm_prefetch(reinterpret_cast<const char*>(ahead + 64 * line), _MM_HINT_T0);
