@@ -32,10 +32,9 @@ struct Shape {
   int64_t head_dim;
   bool values_are_keys;
 };
-constexpr Shape kShapes[] = {{"E2B full", 8, 1, 512, false},
-                             {"26B full", 16, 2, 512, true},
-                             {"12B full", 16, 1, 512, true},
-                             {"E2B sliding", 8, 1, 256, false},
+constexpr Shape kShapes[] = {{"E2B full", 8, 1, 512, false},    {"E4B full", 8, 2, 512, false},
+                             {"26B full", 16, 2, 512, true},    {"12B full", 16, 1, 512, true},
+                             {"E2B sliding", 8, 1, 256, false}, {"E4B sliding", 8, 2, 256, false},
                              {"26B sliding", 16, 8, 256, false}};
 
 // What --only asked for.
@@ -79,7 +78,7 @@ double PeakFlops(int threads) {
     ThreadPool::Get().ParallelFor(threads, [&](int64_t, int) {
       alignas(64) static thread_local float a[6 * kK], b[kK * kN * 4], c[6 * kN * 4];
       for (int i = 0; i < kRepeat; ++i) {
-        Kernels().accumulate_f32(c, kN * 4, a, kK, b, kN * 4, 6, kK, kN * 4);
+        Kernels().accumulate_f32(c, kN * 4, a, kK, b, kN * 4, 6, kK, kN * 4, {});
       }
     });
     best = std::max(best, threads * kRepeat * 2.0 * 6 * kK * kN * 4 / (Now() - begin));
@@ -103,7 +102,7 @@ double ReadRate(int threads) {
       ThreadPool::Get().ParallelFor(parts, [&](int64_t part, int) {
         std::array<float, kRows> sums;
         Kernels().matmul_f32(sums.data(), kRows, src.data(), kWidth,
-                             buffer.data() + (group + part) * kPart, kWidth, 1, kRows, kWidth);
+                             buffer.data() + (group + part) * kPart, kWidth, 1, kRows, kWidth, {});
       });
       taken.push_back(Now() - begin);
     }

@@ -99,7 +99,7 @@ void BenchMatmul(const KernelTable& kernels, int threads, int64_t k, const Align
       const Rates rates = Measure(threads, memory, n * k * dtype.bytes, [&](int t, int64_t at) {
         dtype.matmul(reinterpret_cast<float*>(dst.data()) + t * kMaxKernelRows * n, n,
                      reinterpret_cast<const float*>(src.data()), k, memory.data() + at, k, rows, n,
-                     k);
+                     k, {});
       });
       std::printf("%-8s %-8s  %d rows  %6.2f GB/s  %3.0f %% of %5.2f GB/s read  %6.1f Gflop/s\n",
                   kernels.name, dtype.name, rows, rates.work * 1e-9, 100 * rates.work / rates.read,

@@ -1,6 +1,7 @@
 // Products with quantised weights: the share of the read bandwidth with 1 to 8 rows (decode), and
 // operations per second with many rows (prefill) beside oneDNN's matmul of the same shape, all in one
-// run. Usage: gemloupe_quant_bench [threads [n [k [rows]]]], by default 2 12288 1536 512.
+// run. Then products with float32 weights beside oneDNN's, whose weights are packed beforehand.
+// Usage: gemloupe_quant_bench [threads [n [k [rows]]]], by default 2 12288 1536 512.
 
 #include <omp.h>
 
@@ -140,6 +141,29 @@ int Main(int argc, char** argv) {
   for (const auto& peer : peers) {
     std::printf("oneDNN %-4s %4lld rows  %7.1f Gop/s\n", peer.name, static_cast<long long>(many),
                 ops / OnednnSeconds(peer.src, peer.weight, peer.dst, threads, many, n, k));
+  }
+  // Whole products of float32, by turns with oneDNN's.
+  AlignedBuffer floats(MatrixBytes(DType::kFloat32, n, k));
+  FillFinite(floats);
+  const TensorView weight = {floats.data(), DType::kFloat32, {n, k}};
+  for (const int64_t rows : {int64_t{128}, many}) {
+    std::vector<double> ours, theirs;
+    for (int round = 0; round < 5; ++round) {
+      const ThreadPool::Pass pass(threads);
+      ours.push_back(MedianSeconds(3, [&] {
+        if (!Linear(ConstMatrix(x.data(), rows, k), {{&weight, Matrix(y.data(), rows, n)}}, {},
+                    arena)
+                 .ok()) {
+          std::abort();
+        }
+      }));
+      theirs.push_back(OnednnSeconds(Type::f32, Type::f32, Type::f32, threads, rows, n, k));
+    }
+    const double least = *std::min_element(ours.begin(), ours.end());
+    const double peer = *std::min_element(theirs.begin(), theirs.end());
+    const double work = 2e-9 * static_cast<double>(rows * n * k);
+    std::printf("float32 %4lld rows  %7.1f Gop/s  %.2f of oneDNN's %7.1f Gop/s\n",
+                static_cast<long long>(rows), work / least, peer / least, work / peer);
   }
   return 0;
 }

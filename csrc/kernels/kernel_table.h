@@ -16,16 +16,22 @@ namespace gemloupe {
 // Most rows that one call of a matmul or accumulate kernel takes.
 inline constexpr int kMaxKernelRows = 8;
 
+// What comes next, fetched into the second-level cache while a kernel computes; bytes 0: nothing.
+struct Fetch {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+};
+
 // dst[r, i] = Σ_k src[r, k] · weight[i, k] for r < rows (1 … 8) and i < n. Strides in elements.
 // Weight elements are float, the bits of bfloat16 or float16, or int8, and may be unaligned.
 using MatmulKernel = void (*)(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
                               const void* weight, int64_t weight_stride, int rows, int64_t n,
-                              int64_t k);
+                              int64_t k, Fetch fetch);
 
 // dst[r, c] += Σ_j coef[r, j] · value[j, c] for r < rows (1 … 8), j < count ascending, c < cols.
 using AccumulateKernel = void (*)(float* dst, int64_t dst_stride, const float* coef,
                                   int64_t coef_stride, const void* value, int64_t value_stride,
-                                  int rows, int64_t count, int64_t cols);
+                                  int rows, int64_t count, int64_t cols, Fetch fetch);
 
 struct KernelTable {
   const char* name;  // "portable", "avx2" or "avx512"

@@ -35,7 +35,7 @@ using Element = float(const void*, int64_t);
 
 template <Element kElement>
 void Matmul(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-            const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k) {
+            const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k, Fetch) {
   for (int r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) {
       float sum = 0;
@@ -49,7 +49,8 @@ void Matmul(float* dst, int64_t dst_stride, const float* src, int64_t src_stride
 
 template <Element kElement>
 void Accumulate(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols) {
+                const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
+                Fetch) {
   for (int r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < count; ++j) {
       for (int64_t c = 0; c < cols; ++c) {

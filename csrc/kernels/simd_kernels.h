@@ -3,27 +3,37 @@
 
 #include <cstdint>
 
+#include "kernels/kernel_table.h"
+
 // The vector kernels of one instruction set, as kernel_table.h describes them.
 
 namespace gemloupe::GEMLOUPE_KERNEL_ISA {
 
 void MatmulF32(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k);
+               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+               Fetch fetch);
 void MatmulBf16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-                const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k);
+                const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+                Fetch fetch);
 void MatmulF16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k);
+               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+               Fetch fetch);
 void MatmulI8(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k);
+              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+              Fetch fetch);
 
 void AccumulateF32(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
+                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
+                   Fetch fetch);
 void AccumulateBf16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                    const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
+                    const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
+                    Fetch fetch);
 void AccumulateF16(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
+                   const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
+                   Fetch fetch);
 void AccumulateI8(float* dst, int64_t dst_stride, const float* coef, int64_t coef_stride,
-                  const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols);
+                  const void* value, int64_t value_stride, int rows, int64_t count, int64_t cols,
+                  Fetch fetch);
 
 void Bf16ToF32(float* dst, const void* src, int64_t n);
 void F16ToF32(float* dst, const void* src, int64_t n);

@@ -88,7 +88,7 @@ GEMLOUPE_INLINE void StoreSums(const Sums<kRows, kOutputs>& sums, const Operands
 }
 
 template <class Element, int kRows, int kOutputs>
-GEMLOUPE_INLINE void Block(const Operands& x) {
+GEMLOUPE_INLINE void Block(const Operands& x, FetchStream& fetch) {
   Sums<kRows, kOutputs> sums;
   GEMLOUPE_UNROLL
   for (int o = 0; o < kOutputs; ++o) {
@@ -101,6 +101,7 @@ GEMLOUPE_INLINE void Block(const Operands& x) {
     const char* ahead = x.weight + i * Element::kBytes + x.ahead_bytes;
     GEMLOUPE_UNROLL
     for (int o = 0; o < kOutputs; ++o) _mm_prefetch(ahead + o * x.stream_bytes, _MM_HINT_T0);
+    fetch.Step<kOutputs>();
     GEMLOUPE_UNROLL
     for (int part = 0; part < kLine; part += kWidth) Step<Element>(sums, x, i + part);
   }
@@ -111,23 +112,24 @@ GEMLOUPE_INLINE void Block(const Operands& x) {
 
 // As Block; more rows than the registers hold are done in two passes over the cached weights.
 template <class Element, int kRows, int kOutputs>
-GEMLOUPE_INLINE void Rows(Operands x) {
+GEMLOUPE_INLINE void Rows(Operands x, FetchStream& fetch) {
   if constexpr (kRows <= kMaxBlockRows) {
-    Block<Element, kRows, kOutputs>(x);
+    Block<Element, kRows, kOutputs>(x, fetch);
   } else {
-    Block<Element, kMaxBlockRows, kOutputs>(x);
+    Block<Element, kMaxBlockRows, kOutputs>(x, fetch);
     x.dst += kMaxBlockRows * x.dst_stride;
     x.src += kMaxBlockRows * x.src_stride;
-    Block<Element, kRows - kMaxBlockRows, kOutputs>(x);
+    Block<Element, kRows - kMaxBlockRows, kOutputs>(x, fetch);
   }
 }
 
 template <class Element, int kRows>
-void Outputs(Operands x, int64_t row_bytes, int64_t n) {
+void Outputs(Operands x, int64_t row_bytes, int64_t n, Fetch next) {
+  FetchStream fetch(next);
   x.dst_stream = n / kStreams<kRows>;
   x.stream_bytes = x.dst_stream * row_bytes;
   for (int64_t i = 0; i < x.dst_stream; ++i) {
-    Rows<Element, kRows, kStreams<kRows>>(x);
+    Rows<Element, kRows, kStreams<kRows>>(x, fetch);
     ++x.dst;
     x.weight += row_bytes;
   }
@@ -135,7 +137,7 @@ void Outputs(Operands x, int64_t row_bytes, int64_t n) {
   x.dst += (kStreams<kRows> - 1) * x.dst_stream;
   x.weight += (kStreams<kRows> - 1) * x.stream_bytes;
   for (int64_t i = kStreams<kRows> * x.dst_stream; i < n; ++i) {
-    Rows<Element, kRows, 1>(x);
+    Rows<Element, kRows, 1>(x, fetch);
     ++x.dst;
     x.weight += row_bytes;
   }
@@ -144,7 +146,7 @@ void Outputs(Operands x, int64_t row_bytes, int64_t n) {
 template <class Element>
 GEMLOUPE_INLINE void Matmul(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
                             const void* weight, int64_t weight_stride, int rows, int64_t n,
-                            int64_t k) {
+                            int64_t k, Fetch fetch) {
   const int64_t row_bytes = weight_stride * Element::kBytes;
   Operands x = {.dst = dst,
                 .dst_stride = dst_stride,
@@ -156,33 +158,37 @@ GEMLOUPE_INLINE void Matmul(float* dst, int64_t dst_stride, const float* src, in
                 // Between rows with gaps only the same place in the next row is surely wanted.
                 .ahead_bytes = weight_stride == k ? kAheadBytes : row_bytes,
                 .k = k};
-  using Function = void (*)(Operands, int64_t, int64_t);
+  using Function = void (*)(Operands, int64_t, int64_t, Fetch);
   static constexpr Function kByRows[] = {
       Outputs<Element, 1>, Outputs<Element, 2>, Outputs<Element, 3>, Outputs<Element, 4>,
       Outputs<Element, 5>, Outputs<Element, 6>, Outputs<Element, 7>, Outputs<Element, 8>};
-  kByRows[rows - 1](x, row_bytes, n);
+  kByRows[rows - 1](x, row_bytes, n, fetch);
 }
 
 }  // namespace
 
 void MatmulF32(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k) {
-  Matmul<Float32>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k);
+               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+               Fetch fetch) {
+  Matmul<Float32>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 
 void MatmulBf16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-                const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k) {
-  Matmul<Bfloat16>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k);
+                const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+                Fetch fetch) {
+  Matmul<Bfloat16>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 
 void MatmulF16(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k) {
-  Matmul<Float16>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k);
+               const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+               Fetch fetch) {
+  Matmul<Float16>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 
 void MatmulI8(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
-              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k) {
-  Matmul<Int8>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k);
+              const void* weight, int64_t weight_stride, int rows, int64_t n, int64_t k,
+              Fetch fetch) {
+  Matmul<Int8>(dst, dst_stride, src, src_stride, weight, weight_stride, rows, n, k, fetch);
 }
 
 }  // namespace gemloupe::GEMLOUPE_KERNEL_ISA

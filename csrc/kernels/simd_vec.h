@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/kernel_table.h"
+
 // The float vector of the instruction set being compiled, for csrc/kernels/simd_*.cc only.
 //
 // Everything here and every template in those files is in an unnamed namespace: a weak copy from an
@@ -320,6 +322,25 @@ struct Float32 {
   static GEMLOUPE_INLINE Vec LoadTail(const char* p, Tail tail) {
     return gemloupe::GEMLOUPE_KERNEL_ISA::LoadTail(reinterpret_cast<const float*>(p), tail);
   }
+};
+
+// Walks over what a kernel was told to fetch.
+class FetchStream {
+ public:
+  explicit FetchStream(Fetch fetch)
+      : at_(static_cast<const char*>(fetch.data)), end_(at_ + fetch.bytes) {}
+
+  template <int kLines>
+  GEMLOUPE_INLINE void Step() {
+    if (at_ >= end_) return;
+    GEMLOUPE_UNROLL
+    for (int i = 0; i < kLines; ++i) _mm_prefetch(at_ + 64 * i, _MM_HINT_T1);
+    at_ += 64 * kLines;
+  }
+
+ private:
+  const char* at_;
+  const char* end_;
 };
 
 // Keeps a loaded vector in a register: GCC would repeat the load in each FMA that uses it.

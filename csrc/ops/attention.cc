@@ -100,6 +100,9 @@ struct BlockView {
   const float* value_scales;
   int64_t key_stride;  // elements from row to row
   int64_t value_stride;
+  // What the products with the keys and with the values fetch meanwhile.
+  Fetch key_fetch;
+  Fetch value_fetch;
 };
 
 class Attender {
@@ -190,7 +193,9 @@ BlockView Attender::Stored(int64_t block, int64_t kv_head) const {
                     nullptr,
                     nullptr,
                     layout.key_dims(),
-                    head_dim_};
+                    head_dim_,
+                    {},
+                    {}};
   if (layout.scaled()) {
     view.key_scales = reinterpret_cast<const float*>(data + layout.key_scales(kv_head));
     view.value_scales = reinterpret_cast<const float*>(data + layout.value_scales(kv_head));
@@ -245,13 +250,13 @@ void Attender::AddBlock(const Tile& tile, int64_t block, const BlockView& view, 
   const MatmulKernel matmul = ScoreKernel(view.dtype);
   if (key_dims > 0) {
     matmul(scores, kKvBlock, q + value_dims_, tile.stride, keys, view.key_stride, rows, count,
-           key_dims);
+           key_dims, view.key_fetch);
   } else {
     std::fill_n(scores, rows * kKvBlock, 0.0f);
   }
   if (value_dims_ > 0) {
-    matmul(unrotated, kKvBlock, q, tile.stride, values, view.value_stride, rows, count,
-           value_dims_);
+    matmul(unrotated, kKvBlock, q, tile.stride, values, view.value_stride, rows, count, value_dims_,
+           {});
   }
   for (int i = 0; i < rows; ++i) {
     const int64_t r = first + i;
@@ -279,7 +284,7 @@ void Attender::AddBlock(const Tile& tile, int64_t block, const BlockView& view, 
     if (shrink != 1.0f) Kernels().scale(z, z, shrink, head_dim_);
   }
   ValueKernel(view.dtype)(part.z + first * head_dim_, head_dim_, scores, kKvBlock, values,
-                          view.value_stride, rows, count, head_dim_);
+                          view.value_stride, rows, count, head_dim_, view.value_fetch);
 }
 
 // The softmax of every row of the tile over the positions of one chunk. wide: room for a block of
@@ -292,12 +297,25 @@ void Attender::AttendChunk(const Tile& tile, int64_t chunk, const Partial& part,
   const int64_t begin = std::max(tile.range[0].begin, kv_.chunks.Begin(chunk));
   const int64_t end =
       std::min(tile.range[static_cast<size_t>(tile.rows - 1)].end, kv_.chunks.Begin(chunk + 1));
+  const KvBlockLayout& layout = kv_.layout;
   const bool direct = tile.rows <= kDirectRows;
   for (int64_t block = begin / kKvBlock; block * kKvBlock < end; ++block) {
     BlockView view = Stored(block, tile.kv_head);
     if (!direct && view.dtype != DType::kFloat32) view = Widened(view, wide);
+    // Each product fetches what the one after it reads; where blocks are copied, the next block.
+    if ((block + 1) * kKvBlock < end) {
+      const BlockView next = Stored(block + 1, tile.kv_head);
+      const Fetch keys = {next.keys, kKvBlock * layout.key_bytes()};
+      view.value_fetch = keys;
+      if (!direct) {
+        view.key_fetch = keys;
+        view.value_fetch = {next.values, kKvBlock * layout.value_bytes()};
+      }
+    }
+    if (direct) view.key_fetch = {view.values, kKvBlock * layout.value_bytes()};
     const int64_t step = direct ? kMaxKernelRows : kWideRows;
     for (int64_t r = 0; r < tile.rows; r += step) {
+      if (r > 0) view.key_fetch = view.value_fetch = {};  // once a block
       AddBlock(tile, block, view, part, r, static_cast<int>(std::min(step, tile.rows - r)));
     }
   }

@@ -53,7 +53,7 @@ StatusOr<double> MeasureReadBandwidth(int threads) {
     pool.ParallelFor(bytes / kPart, [&](int64_t part, int) {
       std::array<float, kRows> sums;
       Kernels().matmul_f32(sums.data(), kRows, src.data(), kWidth, buffer.data() + part * kPart,
-                           kWidth, 1, kRows, kWidth);
+                           kWidth, 1, kRows, kWidth, {});
     });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     best = std::max(best, static_cast<double>(bytes) / seconds.count());

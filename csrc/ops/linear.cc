@@ -69,7 +69,7 @@ void KernelSlice(ConstMatrix src, const TensorView& weight, int64_t begin, int64
   for (int64_t row = 0; row < src.rows; row += kMaxKernelRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kMaxKernelRows, src.rows - row));
     matmul(dst.row(row), dst.stride, src.row(row), src.stride, RowData(weight, begin), k, rows,
-           end - begin, k);
+           end - begin, k, {});
   }
 }
 

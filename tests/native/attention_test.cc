@@ -343,8 +343,9 @@ TEST(Int8Kernels, EqualTheirTwinsOnOddSizes) {
         for (int64_t i = 0; i < kCount * n; ++i)
           w.push_back(static_cast<int8_t>(i * 37 % 255 - 127));
         Floats dst(static_cast<size_t>(rows * kCount)), sum(static_cast<size_t>(rows * n), 0.5f);
-        kernels->matmul_i8(dst.data(), kCount, x.data(), n, w.data(), n, rows, kCount, n);
-        kernels->accumulate_i8(sum.data(), n, coef.data(), kCount, w.data(), n, rows, kCount, n);
+        kernels->matmul_i8(dst.data(), kCount, x.data(), n, w.data(), n, rows, kCount, n, {});
+        kernels->accumulate_i8(sum.data(), n, coef.data(), kCount, w.data(), n, rows, kCount, n,
+                               {});
         for (int r = 0; r < rows; ++r) {
           for (int64_t j = 0; j < kCount; ++j) {
             double exact = 0, magnitude = 0;

@@ -157,7 +157,7 @@ void CheckMatmul(const KernelTable& kernels, Storage storage, int rows, int64_t 
   Guarded<char> weight(w.bytes, misalign);
   Guarded<float> dst((rows - 1) * dst_stride + n, 0, kUntouched);
   MatmulFor(kernels, storage)(dst.data(), dst_stride, src.data(), src_stride, weight.bytes(),
-                              weight_stride, rows, n, k);
+                              weight_stride, rows, n, k, {});
   const std::vector<float> y = dst.Values();
   for (size_t at = 0; at < y.size(); ++at) {
     const int64_t r = at / dst_stride, i = at % dst_stride;
@@ -199,17 +199,18 @@ TEST_P(Kernels, MatmulOfOneOutputIsBitEqualToTheSameAmongMany) {
       const std::vector<float> x = Normal(kRows * k, 3);
       const Stored w = RandomStored(storage, kN * k, 4);
       std::vector<float> all(kRows * kN), alone(kRows * kN);
-      matmul(all.data(), kN, x.data(), k, w.bytes.data(), k, kRows, kN, k);
+      matmul(all.data(), kN, x.data(), k, w.bytes.data(), k, kRows, kN, k, {});
       for (int r = 0; r < kRows; ++r) {
         for (int64_t i = 0; i < kN; ++i) {
-          matmul(&alone[r * kN + i], 1, &x[r * k], k, &w.bytes[i * k * w.element_bytes], k, 1, 1,
-                 k);
+          matmul(&alone[r * kN + i], 1, &x[r * k], k, &w.bytes[i * k * w.element_bytes], k, 1, 1, k,
+                 {});
         }
       }
       EXPECT_TRUE(SameBits(all, alone));
       for (int rows = 1; rows < kRows; ++rows) {
         std::vector<float> some(all);
-        matmul(some.data(), kN, x.data(), k, w.bytes.data(), k, rows, kN, k);
+        const Fetch fetch = {w.bytes.data(), 1000 * rows};  // may reach beyond what exists
+        matmul(some.data(), kN, x.data(), k, w.bytes.data(), k, rows, kN, k, fetch);
         EXPECT_TRUE(SameBits(some, all)) << rows;
       }
     }
@@ -225,7 +226,7 @@ void CheckAccumulate(const KernelTable& kernels, Storage storage, int rows, int6
   Guarded<float> coef(a), dst(start);
   Guarded<char> value(v.bytes, misalign);
   AccumulateFor(kernels, storage)(dst.data(), dst_stride, coef.data(), coef_stride, value.bytes(),
-                                  value_stride, rows, count, cols);
+                                  value_stride, rows, count, cols, {});
   const std::vector<float> y = dst.Values();
   for (size_t at = 0; at < y.size(); ++at) {
     const int64_t r = at / dst_stride, c = at % dst_stride;
@@ -266,19 +267,22 @@ TEST_P(Kernels, AccumulateIsBitEqualWhateverTheRowsColumnsAndParts) {
     const std::vector<float> a = Normal(kRows * kCount, 8);
     const Stored v = RandomStored(storage, kCount * kCols, 9);
     std::vector<float> all(kRows * kCols), single(kRows * kCols);
-    accumulate(all.data(), kCols, a.data(), kCount, v.bytes.data(), kCols, kRows, kCount, kCols);
+    accumulate(all.data(), kCols, a.data(), kCount, v.bytes.data(), kCols, kRows, kCount, kCols,
+               {});
     for (int r = 0; r < kRows; ++r) {
       for (int64_t c = 0; c < kCols; ++c) {
         for (int64_t j = 0; j < kCount; ++j) {
           accumulate(&single[r * kCols + c], 1, &a[r * kCount + j], 1,
-                     &v.bytes[(j * kCols + c) * v.element_bytes], 1, 1, 1, 1);
+                     &v.bytes[(j * kCols + c) * v.element_bytes], 1, 1, 1, 1, {});
         }
       }
     }
     EXPECT_TRUE(SameBits(all, single));
     for (int rows = 1; rows < kRows; ++rows) {
       std::vector<float> some(kRows * kCols);
-      accumulate(some.data(), kCols, a.data(), kCount, v.bytes.data(), kCols, rows, kCount, kCols);
+      const Fetch fetch = {v.bytes.data(), 1000 * rows};
+      accumulate(some.data(), kCols, a.data(), kCount, v.bytes.data(), kCols, rows, kCount, kCols,
+                 fetch);
       EXPECT_EQ(std::memcmp(some.data(), all.data(), 4 * rows * kCols), 0) << rows;
     }
   }

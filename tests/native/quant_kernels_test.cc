@@ -116,6 +116,17 @@ struct Rows {
             scaled_sum.data(), padded,       width};
     for (int64_t r = 0; r < rows; ++r) kernels.quantize_row(view, r, x.data() + r * k, k);
   }
+  // The same as gemm's tiles, from rows of width 1: in each group, 32 elements of row 0, of row 1, …
+  void MakeTiles(const Rows& single, int64_t rows) {
+    const int64_t groups = view.padded / kGroup;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t tile = r / view.width * groups + group;
+        std::memcpy(&q[static_cast<size_t>((tile * view.width + r % view.width) * (kGroup / 4))],
+                    &single.q[static_cast<size_t>((r * groups + group) * (kGroup / 4))], kGroup);
+      }
+    }
+  }
   // Element i of row r, for width 1.
   int8_t Element(int64_t r, int64_t i) const {
     int8_t four[4];
@@ -269,6 +280,47 @@ TEST(QuantKernels, ProductsHaveTheSameBitsOnEveryIsaAndForAnyRows) {
     }
   }
 }
+
+class GemmKernels : public testing::TestWithParam<std::string> {};
+
+TEST_P(GemmKernels, HaveTheBitsOfTheScalarProductOfOneRow) {
+  const bool amx = GetParam() == "amx";
+  const QuantKernels* kernels = amx ? AmxQuantKernels() : VnniQuantKernels();
+  if (kernels == nullptr || DetectedIsa() < (amx ? Isa::kAmx : Isa::kAvx512Vnni)) {
+    GTEST_SKIP() << "this machine cannot run the " << GetParam() << " kernels";
+  }
+  AlignedBuffer scratch(kGemmScratchBytes);
+  for (const DType dtype : kPacked) {
+    const QuantKernels::Gemm gemm = kernels->gemm[PackedFormat(dtype)];
+    if (gemm == nullptr) continue;
+    for (int which = 0; which < Ks(dtype); ++which) {
+      const int64_t n = 53, k = SomeK(dtype, which), most = 30, width = kernels->gemm_rows;
+      const Stored stored = RandomPacked(dtype, n, k, which);
+      const std::vector<float> x = Normal(most * k, 4);
+      const Rows single(PortableQuantKernels(), x, most, k);
+      std::vector<float> expected(static_cast<size_t>(most * n));
+      for (int r = 0; r < most; ++r) {
+        PortableQuantKernels().matmul[PackedFormat(dtype)](expected.data() + r * n, n, single.view,
+                                                           r, 1, stored.bytes.data(), 0, n, k);
+      }
+      for (const int64_t rows : {int64_t{1}, int64_t{9}, width, most}) {
+        Rows grouped(*kernels, x, rows, k, width);
+        if (kernels->gemm_tiles) grouped.MakeTiles(single, rows);
+        std::vector<float> product(static_cast<size_t>(rows * n), -1.0f);
+        for (const auto& [begin, end] : {std::pair<int64_t, int64_t>{0, 32}, {32, n}}) {
+          gemm(product.data() + begin, n, grouped.view, rows, stored.bytes.data(), begin, end, k,
+               scratch.data());
+        }
+        EXPECT_EQ(std::memcmp(product.data(), expected.data(), 4 * static_cast<size_t>(rows * n)),
+                  0)
+            << DTypeName(dtype) << " k " << k << " rows " << rows;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(EveryIsa, GemmKernels, testing::Values("avx512_vnni", "amx"),
+                         [](const auto& info) { return info.param; });
 
 // `Linear` with many rows (gemm where there is one) and with one row: the same bits.
 TEST(QuantKernels, ManyRowsGiveTheBitsOfOneRow) {
