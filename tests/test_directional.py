@@ -100,7 +100,7 @@ def test_a_step_that_is_too_large_shows_in_the_error(edge):
         ({"v": np.zeros(96)}, "v has norm 0; expected a finite one above 0"),
         ({"v": np.full(96, np.nan)}, "v has norm nan"),
         ({"step": 0.0}, "step is 0.0; expected a number above 0"),
-        ({"positions": 15}, "position 15 is outside the input of 15 tokens"),
+        ({"positions": 15}, "position 15 is not there; expected 0 to 14"),
         ({"name": "layers.3.attn.pattern"}, "expected one row for each position"),
     ],
 )

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemloupe import edits
 from gemloupe.analysis import arguments
 from gemloupe.analysis.metrics import make_metric
+from gemloupe.arrays import as_float32
+from gemloupe.capturing import at
 from gemloupe.errors import quoted
+from gemloupe.positions import Span
 from gemloupe.run import Run
 
 if TYPE_CHECKING:
@@ -67,17 +71,16 @@ def directional(
 
     ValueError with both shapes for a wrong `v`, for v = 0 and for a step that is not above 0.
     """
-    from gemloupe import edits
-
     model = arguments.model_of(x, model, "directional")
-    direction = arguments.vector_of(v, arguments.row_shape(name, model), "v")
+    direction = as_float32(v, "v", arguments.row_shape(name, model))
     length = float(np.linalg.norm(direction))
     if not np.isfinite(length) or length == 0:
         raise ValueError(f"v has norm {length:g}; expected a finite one above 0")
-    base = model.run(x.prompt if isinstance(x, Run) else x, capture=name, keep=True)
-    rows = arguments.row_numbers(positions, len(base.prompt))
+    prompt = x.prompt if isinstance(x, Run) else arguments.one_prompt(x, model)
+    rows = arguments.choose_rows(positions, np.arange(len(prompt)), Span(prompt, 0))
+    base = model.run(prompt, capture={name: at(rows)}, keep=True)
     if step is None:
-        changed = base[name][rows].reshape(len(rows), -1)
+        changed = base[name].reshape(len(rows), -1)
         relative = _ROUNDED_STEP if model.dtype in ("int8", "int4") else _STEP
         step = (
             relative * float(np.linalg.norm(changed, axis=1).mean()) / length or relative / length
@@ -87,7 +90,7 @@ def directional(
     measure = None if metric is None else make_metric(metric, model, base.logits[0])[0]
 
     def moved(distance: float) -> np.ndarray:
-        edit = edits.add(np.float32(distance) * direction, positions=rows)
+        edit = edits.add(np.float32(distance) * direction, positions=positions)
         logits = model.run(base, edit={name: edit}).logits[0].astype(np.float64)
         return logits if measure is None else np.float64(measure(logits))
 
