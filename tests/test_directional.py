@@ -93,6 +93,14 @@ def test_a_step_that_is_too_large_shows_in_the_error(edge):
     assert coarse.error.max() > 10 * good.error.max()
 
 
+def test_a_run_that_continued_a_cache_is_refused(edge):
+    cache = edge.new_cache()
+    edge.run(DEMO, cache=cache)
+    continued = edge.run([5, 6, 7], cache=cache)
+    with pytest.raises(ValueError, match="begins at position 15, after a cache"):
+        gl.directional(continued, POINT, np.ones(96))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

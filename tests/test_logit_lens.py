@@ -113,6 +113,15 @@ def test_positions_and_layers_choose_cells_of_the_whole_lens(edge):
     np.testing.assert_allclose(part.kl, whole.kl[[2, 9]][:, part.positions], atol=1e-5)
 
 
+def test_positions_that_were_captured_alone_give_the_same_cells(edge):
+    whole = gl.logit_lens(DEMO, model=edge, positions=[3, 9])
+    run = edge.run(DEMO, capture={"layers.*.resid_post": gl.at([3, 9])})
+    alone = gl.logit_lens(run)
+    assert alone.positions.tolist() == [3, 9] and alone.tokens == whole.tokens
+    np.testing.assert_array_equal(alone.top_ids, whole.top_ids)
+    np.testing.assert_allclose(alone.kl, whole.kl, atol=1e-5)
+
+
 def test_next_follows_the_tokens_of_the_prompt(edge):
     lens = gl.logit_lens(DEMO, model=edge, targets="next")
     ids = edge.prepare(DEMO).ids
@@ -182,6 +191,11 @@ def test_wrong_arguments_are_refused_with_what_was_expected(edge, arguments, err
 def test_activations_of_a_wrong_width_are_refused(edge):
     with pytest.raises(ValueError, match=r"has shape \[4, 95\]; expected \[T, 96\]"):
         gl.logit_lens({"layers.9.resid_post": np.zeros((4, 95))}, model=edge)
+
+
+def test_positions_of_a_mapping_are_refused(edge):
+    with pytest.raises(ValueError, match="a mapping of arrays does not say which it holds"):
+        gl.logit_lens({"layers.9.resid_post": np.zeros((4, 96))}, model=edge, positions=2)
 
 
 def test_a_mapping_without_a_model_says_what_to_pass():

@@ -10,6 +10,7 @@ import numpy as np
 from gemloupe import edits
 from gemloupe.analysis import arguments
 from gemloupe.analysis.metrics import make_metric
+from gemloupe.analysis.rerun import Rerun
 from gemloupe.arrays import as_float32
 from gemloupe.capturing import at
 from gemloupe.errors import quoted
@@ -57,41 +58,47 @@ def directional(
 ) -> Directional:
     """The derivative of the last position's logits along `v` at a hook point.
 
-    `x`: a run (its prompt is run again, or reused where it was made with keep=True), or an input
-    for `model.run`. `name`: an editable hook point with one row a position. `v`: the direction, of
-    the shape of one row there, [D]; it is added at `positions`, None for all. `metric`: None for
-    the logits [V], a pair of tokens, a token's probability, or a function of logits [V] (see
-    `patching_grid`).
+    `x`: a run (its prompt is run again), or an input for `model.run`. `name`: an editable hook
+    point with one row a position. `v`: the direction, of the shape of one row there, [D]; it is
+    added at `positions`, None for all. `metric`: None for the logits [V], a pair of tokens, a
+    token's probability, or a function of logits [V] (see `patching_grid`).
 
     Central differences have an error of h² f‴/6 from the step and of about ε|f|/h from rounding; h
     balances them. The default makes the change h|v| one hundredth of the mean norm of the rows
     that are changed, or one fifth with int8 and int4 weights, whose products round activations
-    (`load(..., activations="float32")` does not). Five passes. Read `error` before trusting
+    (`load(..., activations="float32")` does not). Six passes. Read `error` before trusting
     `value`; a mixture of experts has jumps where the set of experts changes.
 
-    ValueError with both shapes for a wrong `v`, for v = 0 and for a step that is not above 0.
+    ValueError with both shapes for a wrong `v`, for v = 0, for a step that is not above 0 and for a
+    run that continued a cache.
     """
     model = arguments.model_of(x, model, "directional")
     direction = as_float32(v, "v", arguments.row_shape(name, model))
     length = float(np.linalg.norm(direction))
     if not np.isfinite(length) or length == 0:
         raise ValueError(f"v has norm {length:g}; expected a finite one above 0")
+    if isinstance(x, Run) and x.positions[0] != 0:
+        raise ValueError(
+            f"the run begins at position {x.positions[0]}, after a cache; expected one from 0: "
+            "pass the whole input"
+        )
     prompt = x.prompt if isinstance(x, Run) else arguments.one_prompt(x, model)
     rows = arguments.choose_rows(positions, np.arange(len(prompt)), Span(prompt, 0))
-    base = model.run(prompt, capture={name: at(rows)}, keep=True)
+    base = Rerun(model, prompt)
     if step is None:
-        changed = base[name].reshape(len(rows), -1)
+        run = model.run(prompt, capture={name: at(rows)}, logits=None)
+        changed = run[name].reshape(len(rows), -1)
         relative = _ROUNDED_STEP if model.dtype in ("int8", "int4") else _STEP
         step = (
             relative * float(np.linalg.norm(changed, axis=1).mean()) / length or relative / length
         )
     if isinstance(step, bool) or not np.isfinite(step) or not step > 0:
         raise ValueError(f"step is {quoted(step)}; expected a number above 0")
-    measure = None if metric is None else make_metric(metric, model, base.logits[0])[0]
+    measure = None if metric is None else make_metric(metric, model, base.logits)[0]
 
     def moved(distance: float) -> np.ndarray:
-        edit = edits.add(np.float32(distance) * direction, positions=positions)
-        logits = model.run(base, edit={name: edit}).logits[0].astype(np.float64)
+        edit = edits.add(np.float32(distance) * direction, positions=rows)
+        logits = base.edited({name: edit}, int(rows[0])).astype(np.float64)
         return logits if measure is None else np.float64(measure(logits))
 
     near = (moved(step) - moved(-step)) / (2 * step)
