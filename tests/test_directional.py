@@ -51,8 +51,12 @@ def test_derivatives_equal_torchs_within_the_stated_error(tiny, variant):
     v = np.random.default_rng(1).standard_normal(model.config.text.hidden_size).astype(np.float32)
     made = gl.directional(ids, POINT, v, model=model)
     want = torch_derivative(hf_model, ids, 3, v)
-    assert np.abs(made.value - want).max() <= 0.01 * np.abs(want).max()
-    assert np.abs(made.value - want).max() <= 3 * made.error.max() + 1e-4 * np.abs(want).max()
+    largest = np.abs(want).max()
+    if variant == "26b":  # Experts change within the step, and the error says so.
+        assert made.error.max() > 0.1 * largest
+        made = gl.directional(ids, POINT, v, model=model, step=made.step / 8)
+    assert np.abs(made.value - want).max() <= 0.001 * largest
+    assert made.error.max() <= 0.003 * largest
 
 
 def test_a_metric_is_differentiated_as_its_logits_are(edge):
