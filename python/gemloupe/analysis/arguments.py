@@ -37,7 +37,8 @@ def recorded(x: Any, model: Model, patterns: Iterable[str], positions: Any) -> R
     prompt = one_prompt(x, model)
     span = Span(prompt, 0)
     choose_rows(positions, np.arange(span.end), span)
-    return model.run(prompt, capture=dict.fromkeys(patterns, at(positions)), logits=None)
+    capture = dict.fromkeys(patterns, at(positions))
+    return model.run(prompt, capture=capture, logits=None, routing=False)
 
 
 def one_prompt(x: Any, model: Model) -> Prompt:

@@ -10,7 +10,6 @@ import numpy as np
 from gemloupe import edits
 from gemloupe.analysis import arguments
 from gemloupe.analysis.metrics import make_metric
-from gemloupe.analysis.rerun import Rerun
 from gemloupe.arrays import as_float32
 from gemloupe.capturing import at
 from gemloupe.errors import quoted
@@ -69,7 +68,7 @@ def directional(
     derivative. With int8 and int4 weights, whose products round activations, it is 0.1, and values
     are within about a quarter only: load with activations="float32", and pass the smaller step.
     Read `error` before trusting `value`: a mixture of experts jumps where the set of experts
-    changes within 2h (then a smaller step helps). Six passes.
+    changes within 2h (then a smaller step helps). Five passes, the last four from the point on.
 
     ValueError with both shapes for a wrong `v`, for v = 0, for a step that is not above 0 and for a
     run that continued a cache.
@@ -86,21 +85,21 @@ def directional(
         )
     prompt = x.prompt if isinstance(x, Run) else arguments.one_prompt(x, model)
     rows = arguments.choose_rows(positions, np.arange(len(prompt)), Span(prompt, 0))
-    base = Rerun(model, prompt)
+    base = model.run(prompt, capture={name: at(rows)}, keep=True, routing=False)
     if step is None:
-        run = model.run(prompt, capture={name: at(rows)}, logits=None)
-        changed = run[name].reshape(len(rows), -1)
+        changed = base[name].reshape(len(rows), -1)
         relative = _ROUNDED_STEP if model.dtype in ("int8", "int4") else _STEP
         step = (
             relative * float(np.linalg.norm(changed, axis=1).mean()) / length or relative / length
         )
     if isinstance(step, bool) or not np.isfinite(step) or not step > 0:
         raise ValueError(f"step is {quoted(step)}; expected a number above 0")
-    measure = None if metric is None else make_metric(metric, model, base.logits)[0]
+    measure = None if metric is None else make_metric(metric, model, base.logits[0])[0]
 
     def moved(distance: float) -> np.ndarray:
         edit = edits.add(np.float32(distance) * direction, positions=rows)
-        logits = base.edited({name: edit}, int(rows[0])).astype(np.float64)
+        run = model.run(base, edit={name: edit}, routing=False)
+        logits = run.logits[0].astype(np.float64)
         return logits if measure is None else np.float64(measure(logits))
 
     near = (moved(step) - moved(-step)) / (2 * step)

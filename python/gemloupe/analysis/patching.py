@@ -11,7 +11,6 @@ import numpy as np
 from gemloupe import edits
 from gemloupe.analysis import arguments
 from gemloupe.analysis.metrics import make_metric
-from gemloupe.analysis.rerun import Rerun
 from gemloupe.capturing import at
 from gemloupe.errors import quoted
 from gemloupe.positions import Span
@@ -106,10 +105,10 @@ def patching_grid(
     and values of its own (all layers after it read those of earlier ones). Such cells are not
     computed; `skip_dead=False` computes them all the same.
 
-    Positions before the patched one are read from the corrupted run's cache. Shows a progress bar
-    on a terminal. Ctrl-C ends it at once, and the model stays usable. (Meng et al., "Locating and
-    editing factual associations in GPT", 2022; Zhang and Nanda, "Towards best practices of
-    activation patching", 2024.)
+    Layers below a patch and positions before it are not computed again (`model.run(x, keep=True)`).
+    Shows a progress bar on a terminal. Ctrl-C ends it at once, and the model stays usable. (Meng et
+    al., "Locating and editing factual associations in GPT", 2022; Zhang and Nanda, "Towards best
+    practices of activation patching in language models", 2024.)
 
     ValueError where the inputs differ in length, and for layers, positions or tokens that the model
     or the input does not have; KeyError for such points.
@@ -123,8 +122,8 @@ def patching_grid(
     _check_lengths(*map(len, prompts))
     span = Span(prompts[0], 0)
     rows = arguments.choose_rows(positions, np.arange(span.end), span)
-    clean_run = model.run(prompts[0], capture=dict.fromkeys(wanted, at(rows)))
-    base = Rerun(model, prompts[1])
+    clean_run = model.run(prompts[0], capture=dict.fromkeys(wanted, at(rows)), routing=False)
+    base = model.run(prompts[1], keep=True, routing=False)
     measure, label = make_metric(metric, model, clean_run.logits[0])
     tokens = [
         [arguments.token_text(int(prompt.ids[row]), model) for row in rows] for prompt in prompts
@@ -132,9 +131,9 @@ def patching_grid(
     grids = [
         PatchingGrid(
             point=name, metric=label,
-            values=np.full((len(chosen), len(rows)), measure(base.logits), np.float32),
+            values=np.full((len(chosen), len(rows)), measure(base.logits[0]), np.float32),
             computed=_alive(name, chosen, rows == span.end - 1, model) | (not skip_dead),
-            clean=measure(clean_run.logits[0]), corrupted=measure(base.logits),
+            clean=measure(clean_run.logits[0]), corrupted=measure(base.logits[0]),
             layers=chosen, positions=rows, tokens=tokens[0], corrupted_tokens=tokens[1],
         )
         for name in names
@@ -144,7 +143,8 @@ def patching_grid(
         for done, (grid, i, j) in enumerate(cells):
             point = f"layers.{chosen[i]}.{grid.point}"
             patch = edits.patch(clean_run, positions=int(rows[j]))
-            grid.values[i, j] = measure(base.edited({point: patch}, int(rows[j])))
+            patched = model.run(base, edit={point: patch}, routing=False)
+            grid.values[i, j] = measure(patched.logits[0])
             bar.show((done + 1) / len(cells))
     return grids[0] if isinstance(points, str) else grids
 

@@ -171,7 +171,12 @@ def _activations(
     model: Model, prompt: Any, names: Sequence[str], position: Any
 ) -> list[np.ndarray]:
     """Returns the mean over the positions at each point."""
-    run = model.run(prompt, capture=dict.fromkeys(names, at(position, reduce="mean")), logits=None)
+    run = model.run(
+        prompt,
+        capture=dict.fromkeys(names, at(position, reduce="mean")),
+        logits=None,
+        routing=False,
+    )
     if isinstance(run, list):
         raise ValueError("a prompt is a batch; expected one input: put its rows into the list")
     values = [np.array(run[name]) for name in names]
