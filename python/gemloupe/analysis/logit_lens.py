@@ -111,8 +111,14 @@ def logit_lens(
     captured; ValueError for arguments of a wrong kind, range or shape.
     """
     model = arguments.model_of(x, model, "logit_lens")
-    run = None if isinstance(x, Mapping) else arguments.recorded(x, model, _CAPTURE, positions)
-    streams, last = _streams(x if run is None else run.captured, model, layers)
+    run: Run | None = None
+    found: Mapping[str, np.ndarray]
+    if isinstance(x, Mapping):
+        found = x
+    else:
+        run = arguments.recorded(x, model, _CAPTURE, positions)
+        found = run.captured
+    streams, last = _streams(found, model, layers)
     if not isinstance(top, int) or top < 1:
         raise ValueError(f"top is {quoted(top)}; expected 1 or more")
     if run is None:
