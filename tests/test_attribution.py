@@ -51,6 +51,68 @@ def test_heads_sum_to_the_last_residual_stream(tiny, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_results_of_heads_that_were_captured_are_used(tiny, variant):
+    model, ids = load_tiny(tiny, variant)
+    points = contribution_points(model, "head")
+    with_results = model.run(ids, capture=[*points, "layers.*.attn.result"])
+    from_z = model.run(ids, capture=points)
+    parts = zip(
+        contributions(with_results, split="head"), contributions(from_z, split="head"), strict=True
+    )
+    for one, other in parts:
+        assert one.name == other.name
+        np.testing.assert_allclose(one.vector, other.vector, atol=1e-4)
+
+
+def test_experts_and_the_dense_block_sum_to_the_last_residual_stream(tiny):
+    assert_sums_to_stream(*load_tiny(tiny, "26b"), split="expert")
+    assert_sums_to_stream(*load_tiny(tiny, "26b"), split=("head", "expert"))
+
+
+def test_an_expert_contributes_only_where_it_was_chosen(tiny):
+    model, ids = load_tiny(tiny, "26b")
+    run = model.run(ids, capture=contribution_points(model, "expert"))
+    parts = [p for p in contributions(run, split="expert") if p.kind == "expert"]
+    for part in parts:
+        chosen = (run[f"layers.{part.layer}.router.experts"] == part.index).any(axis=1)
+        assert chosen.any()
+        np.testing.assert_array_equal(np.abs(part.vector).max(axis=1) > 0, chosen)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_positions_that_were_captured_alone_give_the_same_values(tiny, variant):
+    model, ids = load_tiny(tiny, variant)
+    run = model.run(ids, capture=contribution_points(model))
+    whole = gl.attribution(run, 7, positions=[2, -1])
+    alone = gl.attribution(ids, 7, model=model, positions=[2, -1])
+    assert whole.positions.tolist() == alone.positions.tolist() == [2, len(ids) - 1]
+    np.testing.assert_allclose(alone.values, whole.values, atol=1e-4)
+
+
+def test_an_edited_stream_shows_as_unexplained():
+    model = gl.load("demo:edge", dtype="float32")
+    plain = gl.attribution(DEMO, " Mary", model=model)
+    edit = {"layers.5.resid_post": gl.edits.add(np.ones(96, np.float32))}
+    run = model.run(DEMO, capture=contribution_points(model), edit=edit)
+    edited = gl.attribution(run, " Mary")
+    assert abs(plain.unexplained[0]) < 1e-4 < 0.01 < abs(edited.unexplained[0])
+
+
+def test_positions_count_from_the_start_of_a_cache_that_was_continued():
+    model = gl.load("demo:dense", dtype="float32")
+    ids = model.prepare(DEMO).ids
+    whole = gl.attribution(DEMO, " Mary", model=model, positions=[9, 14])
+    cache = model.new_cache()
+    model.run(ids[:8], cache=cache)
+    rest = model.run(ids[8:], cache=cache, capture=contribution_points(model))
+    made = gl.attribution(rest, " Mary", positions=[9, 14])
+    assert made.tokens == whole.tokens and made.positions.tolist() == [9, 14]
+    np.testing.assert_allclose(made.values, whole.values, atol=1e-4)
+    with pytest.raises(ValueError, match="position 3 is not there; expected 8 to 14"):
+        gl.attribution(rest, " Mary", positions=3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_values_sum_to_the_logit_before_the_soft_cap(tiny, variant):
     model, ids = load_tiny(tiny, variant)
     run = model.run(

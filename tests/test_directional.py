@@ -51,8 +51,12 @@ def test_derivatives_equal_torchs_within_the_stated_error(tiny, variant):
     v = np.random.default_rng(1).standard_normal(model.config.text.hidden_size).astype(np.float32)
     made = gl.directional(ids, POINT, v, model=model)
     want = torch_derivative(hf_model, ids, 3, v)
-    assert np.abs(made.value - want).max() <= 0.01 * np.abs(want).max()
-    assert np.abs(made.value - want).max() <= 3 * made.error.max() + 1e-4 * np.abs(want).max()
+    largest = np.abs(want).max()
+    if variant == "26b":  # Experts change within the step, and the error says so.
+        assert made.error.max() > 0.1 * largest
+        made = gl.directional(ids, POINT, v, model=model, step=made.step / 8)
+    assert np.abs(made.value - want).max() <= 0.001 * largest
+    assert made.error.max() <= 0.003 * largest
 
 
 def test_a_metric_is_differentiated_as_its_logits_are(edge):
@@ -93,6 +97,14 @@ def test_a_step_that_is_too_large_shows_in_the_error(edge):
     assert coarse.error.max() > 10 * good.error.max()
 
 
+def test_a_run_that_continued_a_cache_is_refused(edge):
+    cache = edge.new_cache()
+    edge.run(DEMO, cache=cache)
+    continued = edge.run([5, 6, 7], cache=cache)
+    with pytest.raises(ValueError, match="begins at position 15, after a cache"):
+        gl.directional(continued, POINT, np.ones(96))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -100,7 +112,7 @@ def test_a_step_that_is_too_large_shows_in_the_error(edge):
         ({"v": np.zeros(96)}, "v has norm 0; expected a finite one above 0"),
         ({"v": np.full(96, np.nan)}, "v has norm nan"),
         ({"step": 0.0}, "step is 0.0; expected a number above 0"),
-        ({"positions": 15}, "position 15 is outside the input of 15 tokens"),
+        ({"positions": 15}, "position 15 is not there; expected 0 to 14"),
         ({"name": "layers.3.attn.pattern"}, "expected one row for each position"),
     ],
 )

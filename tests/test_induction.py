@@ -98,7 +98,7 @@ def test_a_window_shorter_than_the_repetition_sees_nothing(edge):
     scores = induction_scores(edge, 60, sequences=1)
     sliding = [i for i, spec in enumerate(edge.config.text.layers) if spec.window]
     assert (scores.values[sliding] == 0).all()
-    assert scores.values[4].max() > 0.5
+    assert scores.values[4].max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,19 @@ def test_no_array_of_layers_by_positions_by_vocabulary_is_held(edge, monkeypatch
 def test_positions_and_layers_choose_cells_of_the_whole_lens(edge):
     run = edge.run(DEMO, capture="layers.*.resid_post")
     whole = gl.logit_lens(run, model=edge)
-    part = gl.logit_lens(run, model=edge, positions=[-1, 3], layers=[2, -1])
-    assert part.layers.tolist() == [2, 9] and part.positions.tolist() == [len(run.prompt) - 1, 3]
+    part = gl.logit_lens(run, model=edge, positions=[3, -1], layers=[2, -1])
+    assert part.layers.tolist() == [2, 9] and part.positions.tolist() == [3, len(run.prompt) - 1]
     np.testing.assert_array_equal(part.top_ids, whole.top_ids[[2, 9]][:, part.positions])
     np.testing.assert_allclose(part.kl, whole.kl[[2, 9]][:, part.positions], atol=1e-5)
+
+
+def test_positions_that_were_captured_alone_give_the_same_cells(edge):
+    whole = gl.logit_lens(DEMO, model=edge, positions=[3, 9])
+    run = edge.run(DEMO, capture={"layers.*.resid_post": gl.at([3, 9])})
+    alone = gl.logit_lens(run)
+    assert alone.positions.tolist() == [3, 9] and alone.tokens == whole.tokens
+    np.testing.assert_array_equal(alone.top_ids, whole.top_ids)
+    np.testing.assert_allclose(alone.kl, whole.kl, atol=1e-5)
 
 
 def test_next_follows_the_tokens_of_the_prompt(edge):
@@ -166,9 +175,8 @@ def test_missing_layers_are_named_with_what_to_capture(edge):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"positions": 99}, "position 99 is outside the input of 15 tokens"),
-        ({"positions": []}, "choose no row"),
-        ({"positions": [True]}, r"positions is a mask \[1\]; expected \[15\]"),
+        ({"positions": []}, r"position \[\] .*|positions \[\] choose none"),
+        ({"positions": [True]}, "positions is a boolean array of shape"),
         ({"layers": 10}, "layer 10 is outside; expected 0 to 9"),
         ({"targets": [1, 2]}, r"targets has shape \[2\]; expected \[15\]"),
         ({"targets": 5000}, "token id 5000 is not in the vocabulary"),
@@ -183,6 +191,11 @@ def test_wrong_arguments_are_refused_with_what_was_expected(edge, arguments, err
 def test_activations_of_a_wrong_width_are_refused(edge):
     with pytest.raises(ValueError, match=r"has shape \[4, 95\]; expected \[T, 96\]"):
         gl.logit_lens({"layers.9.resid_post": np.zeros((4, 95))}, model=edge)
+
+
+def test_positions_of_a_mapping_are_refused(edge):
+    with pytest.raises(ValueError, match="a mapping of arrays does not say which it holds"):
+        gl.logit_lens({"layers.9.resid_post": np.zeros((4, 96))}, model=edge, positions=2)
 
 
 def test_a_mapping_without_a_model_says_what_to_pass():

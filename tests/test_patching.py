@@ -184,7 +184,7 @@ def test_an_interrupted_grid_leaves_the_model_as_it_was(edge):
         ({"metric": " Mary Paul"}, "is 2 tokens"),
         ({"metric": None}, "metric is None; expected a pair of tokens"),
         ({"metric": lambda logits: logits}, r"metric returned shape \[1024\]"),
-        ({"positions": 15}, "position 15 is outside the input of 15 tokens"),
+        ({"positions": 15}, "position 15 is not there; expected 0 to 14"),
         ({"layers": [-11]}, "layer -11 is outside; expected 0 to 9"),
         ({"points": "attn.pattern"}, r"has shape \[N, T, S\]; expected one row"),
     ],

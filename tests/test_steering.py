@@ -41,7 +41,7 @@ def test_the_vector_is_the_difference_of_the_means_at_the_position(edge):
 
 
 def test_the_mean_over_positions_is_taken_for_each_prompt(edge):
-    vector = gl.steering_vector(edge, POSITIVE[:2], ["Tom", "Mary and Paul"], POINT, "mean")
+    vector = gl.steering_vector(edge, POSITIVE[:2], ["Tom", "Mary and Paul"], POINT, None)
     a, b = (
         np.mean([x.mean(axis=0) for x in activations(edge, p, POINT)], axis=0)
         for p in (POSITIVE[:2], ["Tom", "Mary and Paul"])
@@ -145,8 +145,8 @@ def test_files_that_are_no_steering_vector_are_refused(tmp_path):
     [
         ({"positive": []}, r"positive is \[\]; expected a list of one prompt or more"),
         ({"negative": "Tom"}, "negative is 'Tom'; expected a list"),
-        ({"position": 99}, "position 99 is outside the input"),
-        ({"position": "first"}, "position is 'first'; expected an int or \"mean\""),
+        ({"position": 99}, "position 99 is outside a prompt of 10 tokens"),
+        ({"position": "first"}, "positions is 'first'; expected one of"),
         ({"point": "layers.2.attn.pattern"}, "expected one row for each position"),
     ],
 )

@@ -41,6 +41,8 @@ class Run:
     """The routers' choices; None for a dense model and with routing=False."""
     kept: rerun.Kept | None = field(default=None, repr=False)
     """What `model.run(this_run, edit=…)` begins from, with keep=True."""
+    model: Model | None = field(default=None, repr=False)
+    """The model that ran."""
 
     def __getitem__(self, name: str) -> Any:
         return self.captured[name]
@@ -167,7 +169,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)
     positions = np.arange(span.first, span.end)
-    return Run(prompt, values, captured, used, positions, request.skipped, trace, kept)
+    return Run(prompt, values, captured, used, positions, request.skipped, trace, kept, model)
 
 
 def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
@@ -194,7 +196,7 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     )  # fmt: skip
     captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
     positions = np.arange(span.first, span.end)
-    return Run(prompt, values, captured, used, positions, request.skipped, trace)
+    return Run(prompt, values, captured, used, positions, request.skipped, trace, model=model)
 
 
 def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemloupe import hooks
-from gemloupe.errors import did_you_mean, quoted
+from gemloupe.capturing import at
+from gemloupe.errors import quoted
+from gemloupe.positions import Span, resolve
 from gemloupe.run import Run
 
 if TYPE_CHECKING:
     from gemloupe.model import Model
+    from gemloupe.prompt import Prompt
 
 
 def model_of(run: Any, model: Model | None, function: str) -> Model:
@@ -27,14 +30,23 @@ def model_of(run: Any, model: Model | None, function: str) -> Model:
     return found
 
 
-def recorded(x: Any, model: Model, patterns: Sequence[str]) -> Run:
-    """Returns `x` where it is a run, else a run over `x` (as `model.run` takes it)."""
+def recorded(x: Any, model: Model, patterns: Iterable[str], positions: Any) -> Run:
+    """Returns `x` where it is a run, else a run over `x` that captured these rows of the points."""
     if isinstance(x, Run):
         return x
-    made = model.run(x, capture=list(patterns), logits=None)
-    if isinstance(made, list):
-        raise ValueError(f"got a batch of {len(made)}; expected one input: call once for each")
-    return made
+    prompt = one_prompt(x, model)
+    span = Span(prompt, 0)
+    choose_rows(positions, np.arange(span.end), span)
+    capture = dict.fromkeys(patterns, at(positions))
+    return model.run(prompt, capture=capture, logits=None, routing=False)
+
+
+def one_prompt(x: Any, model: Model) -> Prompt:
+    """Returns model.prepare(x); ValueError for a batch."""
+    prompt = model.prepare(x)
+    if isinstance(prompt, list):
+        raise ValueError(f"got a batch of {len(prompt)}; expected one input: call once for each")
+    return prompt
 
 
 def captured(run: Run, name: str, patterns: Iterable[str], function: str) -> np.ndarray:
@@ -82,34 +94,39 @@ def token_text(index: int, model: Model) -> str:
     return model.tokenizer.tokens([index])[0] if model.tokenizer.exists else str(index)
 
 
-def row_numbers(positions: Any, count: int) -> np.ndarray:
-    """Returns rows [n] out of `count`: None for all, or an int, a slice, ints, booleans [count].
+def choose_rows(positions: Any, held: np.ndarray, span: Span) -> np.ndarray:
+    """Returns the rows [n] that hold `positions` (see `gemloupe.positions.resolve`).
 
-    Negative ones count from the end. ValueError for a row outside and for none at all.
+    `held` [m]: the absolute position of each row. ValueError for a position that no row holds and
+    where none is chosen.
     """
-    if positions is None:
-        return np.arange(count)
-    if isinstance(positions, slice):
-        rows = np.arange(count)[positions]
-    else:
-        given = np.atleast_1d(np.asarray(positions))
-        if given.dtype == bool:
-            if given.shape != (count,):
-                raise ValueError(f"positions is a mask {list(given.shape)}; expected [{count}]")
-            rows = np.flatnonzero(given)
-        elif given.ndim == 1 and (given.size == 0 or np.issubdtype(given.dtype, np.integer)):
-            outside = given[(given < -count) | (given >= count)]
-            if outside.size:
-                raise ValueError(f"position {outside[0]} is outside the input of {count} tokens")
-            rows = given.astype(np.int64) % count
-        else:
-            raise ValueError(
-                f"positions is {quoted(positions)}; expected None, an int, a slice, ints or "
-                "booleans"
-            )
-    if not len(rows):
-        raise ValueError(f"positions {quoted(positions)} choose no row of {count}; expected one")
-    return rows
+    where = resolve(positions, span)
+    absent = sorted(set(where.listed) - set(held.tolist()))
+    if absent:
+        raise ValueError(f"position {absent[0]} is not there; expected {_ranges(held)}")
+    chosen = np.isin(held, where.listed)
+    if where.begin is not None:
+        chosen |= held >= where.begin
+    if not chosen.any():
+        raise ValueError(f"positions {quoted(positions)} choose none of {_ranges(held)}")
+    return np.flatnonzero(chosen)
+
+
+def rows_of(run: Run, name: str, positions: Any) -> np.ndarray:
+    """Returns which rows [n] of a captured point hold `positions`."""
+    return choose_rows(positions, run.positions_of(name), Span(run.prompt, int(run.positions[0])))
+
+
+def tokens_at(run: Run, positions: np.ndarray, model: Model) -> list[str]:
+    """Returns the pieces that a run read at absolute positions."""
+    return [token_text(int(run.prompt.ids[p - run.positions[0]]), model) for p in positions]
+
+
+def _ranges(held: np.ndarray) -> str:
+    """Returns "0 to 14", or the first positions where they are not in a row."""
+    if len(held) and held[-1] - held[0] == len(held) - 1:
+        return f"{held[0]} to {held[-1]}"
+    return quoted(held.tolist())
 
 
 def layer_numbers(layers: Any, count: int) -> np.ndarray:
@@ -132,36 +149,17 @@ def layer_numbers(layers: Any, count: int) -> np.ndarray:
     return chosen
 
 
-def vector_of(v: Any, shape: Sequence[int], what: str) -> np.ndarray:
-    """Returns float32 of `shape`; ValueError with both shapes for anything else."""
-    array = np.asarray(v, np.float32)
-    if array.shape != tuple(shape):
-        raise ValueError(f"{what} has shape {list(array.shape)}; expected {list(shape)}")
-    return array
-
-
-def row_shape(name: str, model: Model) -> list[int]:
-    """Returns the shape that one position has at a hook point, such as [D] or [N, H].
+def row_shape(name: str, model: Model) -> tuple[int, ...]:
+    """Returns the shape that one position has at a hook point, such as (D,) or (N, H).
 
     KeyError, with close matches, for no hook point of the model; ValueError for a point that does
     not have one row for each position.
     """
-    text = model.config.text
-    points = hooks.hook_points(text)
-    if name not in points:
-        hint = did_you_mean(str(name), points) or "gl.hook_points(model) lists them all."
-        raise KeyError(f"{quoted(name)} is no hook point of this model. {hint}")
-    point = points[name]
-    letters = point.shape.strip("[]").split(", ")
-    if letters[0] != "T":
-        raise ValueError(f"{name} has shape {point.shape}; expected one row for each position")
-    layer = text.layers[max(point.layer, 0)]
-    sizes = {
-        "D": text.hidden_size, "N": text.num_attention_heads, "K": layer.num_kv_heads,
-        "H": layer.head_dim, "F": layer.intermediate_size, "E": text.num_experts,
-        "k": text.top_k_experts, "P": text.hidden_size_per_layer_input,
-        "L": text.num_hidden_layers, "V": text.vocab_size,
-    }  # fmt: skip
-    if name.endswith("experts.hidden"):
-        sizes["F"] = text.moe_intermediate_size
-    return [sizes[letter] for letter in letters[1:]]
+    points, _ = hooks.select(name, model.config.text)
+    if len(points) != 1:
+        raise ValueError(f"{quoted(name)} names {len(points)} hook points; expected one")
+    if not points[0].shape.startswith("[T"):
+        raise ValueError(
+            f"{name} has shape {points[0].shape}; expected one row for each position, [T, …]"
+        )
+    return hooks.point_shape(points[0], model.config.text)

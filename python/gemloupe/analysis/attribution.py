@@ -11,6 +11,7 @@ import numpy as np
 
 from gemloupe.analysis import arguments
 from gemloupe.analysis.contributions import contribution_points, contributions, rms
+from gemloupe.arrays import as_float32
 from gemloupe.errors import quoted
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def attribution(
     `x`: a run that captured `gl.analysis.contribution_points(model, split)`, or an input for
     `model.run`. `model` may be left out where the run knows it. `target`: a token (id, or text of
     one token), a pair of tokens (the difference of their logits), or a direction [D] in the space
-    of the final norm's output. `positions`: rows of the run, the last by default; None for all.
+    of the final norm's output. `positions`: which, the last by default; None for all.
     `split`: "head", "expert", or both.
 
     Effects through later layers are not counted: this is the direct path only. KeyError naming
@@ -101,11 +102,11 @@ def attribution(
     model = arguments.model_of(x, model, "attribution")
     points = contribution_points(model, split)
     direction, label = _direction(target, model)
-    run = arguments.recorded(x, model, points)
+    run = arguments.recorded(x, model, points, positions)
     last = f"layers.{model.config.text.num_hidden_layers - 1}.resid_post"
     stream = arguments.captured(run, last, points, "attribution")
-    rows = arguments.row_numbers(positions, len(stream))
-    stream = stream[rows]
+    rows = arguments.rows_of(run, last, positions)
+    absolute, stream = run.positions_of(last)[rows], stream[rows]
     divisor = rms(stream, model.config.text.rms_norm_eps)
     weighted = (model.weights["norm.weight"] * direction).astype(np.float64)
 
@@ -113,7 +114,7 @@ def attribution(
         return (vectors.astype(np.float64) @ weighted) / divisor
 
     parts, terms = [], []
-    for part in contributions(run, model=model, positions=rows, split=split):
+    for part in contributions(run, model=model, positions=absolute, split=split):
         parts.append(dataclasses.replace(part, vector=np.empty(0)))  # One [n, D] is held at a time.
         terms.append(projected(part.vector))
     values = np.array(terms)
@@ -127,8 +128,8 @@ def attribution(
         values=values.astype(np.float32),
         logit=logit.astype(np.float32),
         unexplained=(logit - values.sum(axis=0)).astype(np.float32),
-        positions=np.asarray(run.positions)[rows],
-        tokens=[arguments.token_text(int(run.prompt.ids[row]), model) for row in rows],
+        positions=absolute,
+        tokens=arguments.tokens_at(run, absolute, model),
     )
 
 
@@ -142,7 +143,7 @@ def _direction(target: Any, model: Model) -> tuple[np.ndarray, str]:
             raise ValueError(f"target has {len(target)} tokens; expected one, or a pair")
         ids = [arguments.token_id(token, model) for token in target]
     else:
-        return arguments.vector_of(target, [size], "target"), "direction"
+        return as_float32(target, "target", (size,)), "direction"
     vectors = model.weights.rows("embed_tokens.weight", ids)
     label = " − ".join(arguments.token_text(index, model) for index in ids)
     return vectors[0] - vectors[1] if len(ids) == 2 else vectors[0], label

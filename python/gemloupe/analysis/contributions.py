@@ -72,7 +72,7 @@ def contributions(
     then sum to attn.post up to that rounding. The sum does not hold for a run whose residual
     stream was edited.
 
-    `positions`: rows of the run; None for all. KeyError naming what to capture.
+    `positions`: which; None for all that were captured. KeyError naming what to capture.
     """
     model = arguments.model_of(run, model, "contributions")
     asked = check_split(split, model)
@@ -113,7 +113,7 @@ class _Reader:
     def __call__(self, name: str) -> np.ndarray:
         points = contribution_points(self._model, self._split)
         array = arguments.captured(self._run, name, points, "contributions")
-        return array[arguments.row_numbers(self._positions, len(array))]
+        return array[arguments.rows_of(self._run, name, self._positions)]
 
     def has(self, name: str) -> bool:
         return name in self._run.captured

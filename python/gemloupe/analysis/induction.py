@@ -106,7 +106,7 @@ def induction_scores(
             for begin in range(0, shape[0], group):
                 layers = range(begin, min(begin + group, shape[0]))
                 names = [f"layers.{layer}.attn.pattern" for layer in layers]
-                run = model.run(x, capture=names, logits=None)
+                run = model.run(x, capture=names, logits=None, routing=False)
                 for layer, name in zip(layers, names, strict=True):
                     pattern = run[name]  # [N, T, S]
                     values[layer] += pattern[:, t, t - length + 1].mean(axis=1)

@@ -101,7 +101,7 @@ def logit_lens(
 
     `x`: a run that captured "layers.*.resid_post" (with "embed" too, the embedding is a row, layer
     −1), or a mapping of such names to arrays [T, D], or an input for `model.run`. `model` may be
-    left out where the run knows it. `layers`, `positions` (rows of the run): which; None for all.
+    left out where the run knows it. `layers`, `positions`: which; None for all that there are.
     `targets`: the token followed through the layers: "final" (the last layer's most probable one,
     for each position), "next" (the one that stands there; none at the last position), an id, a
     text of one token, or ids [T] of the chosen positions. `top`: how many tokens of each cell.
@@ -111,24 +111,32 @@ def logit_lens(
     captured; ValueError for arguments of a wrong kind, range or shape.
     """
     model = arguments.model_of(x, model, "logit_lens")
-    run = None if isinstance(x, Mapping) else arguments.recorded(x, model, _CAPTURE)
-    streams, last = _streams(x if run is None else run.captured, model, layers)
-    rows = arguments.row_numbers(positions, len(last))
+    run: Run | None = None
+    found: Mapping[str, np.ndarray]
+    if isinstance(x, Mapping):
+        found = x
+    else:
+        run = arguments.recorded(x, model, _CAPTURE, positions)
+        found = run.captured
+    streams, last = _streams(found, model, layers)
     if not isinstance(top, int) or top < 1:
         raise ValueError(f"top is {quoted(top)}; expected 1 or more")
-    ids = None
     if run is None:
-        absolute, tokens = rows, [str(row) for row in rows]
-    else:
-        ids = np.asarray(run.prompt.ids)
-        if len(last) != len(ids):
+        if positions is not None:
             raise ValueError(
-                f"the run captured {len(last)} of {len(ids)} positions; capture all of them, or "
-                "pass the arrays as a mapping: logit_lens(run.captured, model=model)"
+                f"positions is {quoted(positions)}, but a mapping of arrays does not say which it "
+                "holds; leave it out, and choose rows of the arrays"
             )
-        absolute = run.positions[rows]
-        tokens = [arguments.token_text(int(ids[row]), model) for row in rows]
-    wanted = _target_ids(targets, ids, rows, model)
+        rows = absolute = np.arange(len(last))
+        tokens = [str(row) for row in rows]
+        following = None
+    else:
+        name = f"layers.{model.config.text.num_hidden_layers - 1}.resid_post"
+        rows = arguments.rows_of(run, name, positions)
+        absolute = run.positions_of(name)[rows]
+        tokens = arguments.tokens_at(run, absolute, model)
+        following = np.append(run.prompt.ids[1:], -1)[absolute - run.positions[0]]
+    wanted = _target_ids(targets, following, len(rows), model)
     cells = _Cells(len(streams), len(rows), min(top, model.config.text.vocab_size))
     step = max(1, _BLOCK_LOGITS // ((len(streams) + 1) * model.config.text.vocab_size))
     chosen = np.full(len(rows), -1, np.int64)
@@ -217,21 +225,20 @@ def _streams(
 
 
 def _target_ids(
-    targets: Any, ids: np.ndarray | None, rows: np.ndarray, model: Model
+    targets: Any, following: np.ndarray | None, count: int, model: Model
 ) -> np.ndarray | None:
-    """Returns int64 [n], or None for the last layer's own choice."""
+    """Returns int64 [count], or None for the last layer's own choice."""
     if isinstance(targets, str) and targets == "final":
         return None
     if isinstance(targets, str) and targets == "next":
-        if ids is None:
-            raise ValueError('targets is "next", but a mapping has no ids; pass ids or "final"')
-        following = np.append(ids[1:], -1).astype(np.int64)
-        return following[rows]
+        if following is None:
+            raise ValueError('targets is "next", but a mapping of arrays has no ids; pass them')
+        return following.astype(np.int64)
     if isinstance(targets, str) or np.ndim(targets) == 0:
-        return np.full(len(rows), arguments.token_id(targets, model), np.int64)
-    if np.shape(targets) != (len(rows),):
+        return np.full(count, arguments.token_id(targets, model), np.int64)
+    if np.shape(targets) != (count,):
         raise ValueError(
-            f"targets has shape {list(np.shape(targets))}; expected [{len(rows)}], an id for each "
+            f"targets has shape {list(np.shape(targets))}; expected [{count}], an id for each "
             f"position, or {one_of(['final', 'next'])}, an id, a text of one token"
         )
     return np.array([arguments.token_id(token, model) for token in targets], np.int64)

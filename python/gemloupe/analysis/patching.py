@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemloupe import edits
 from gemloupe.analysis import arguments
 from gemloupe.analysis.metrics import make_metric
+from gemloupe.capturing import at
 from gemloupe.errors import quoted
+from gemloupe.positions import Span
 from gemloupe.progress import ProgressBar
 
 if TYPE_CHECKING:
     from gemloupe.model import Model
-    from gemloupe.prompt import Prompt
 
 # Points of a layer that its own keys and values are computed from.
 _BEFORE_KEYS = frozenset(
@@ -103,25 +105,25 @@ def patching_grid(
     and values of its own (all layers after it read those of earlier ones). Such cells are not
     computed; `skip_dead=False` computes them all the same.
 
-    Runs reuse what a patch cannot reach: the layers below and the positions before. Shows a
-    progress bar on a terminal. Ctrl-C ends it at once, and the model stays usable. (Meng et al.,
-    "Locating and editing factual associations in GPT", 2022; Zhang and Nanda, 2024.)
+    Layers below a patch and positions before it are not computed again (`model.run(x, keep=True)`).
+    Shows a progress bar on a terminal. Ctrl-C ends it at once, and the model stays usable. (Meng et
+    al., "Locating and editing factual associations in GPT", 2022; Zhang and Nanda, "Towards best
+    practices of activation patching in language models", 2024.)
 
     ValueError where the inputs differ in length, and for layers, positions or tokens that the model
     or the input does not have; KeyError for such points.
     """
-    from gemloupe import edits
-
     names = [points] if isinstance(points, str) else list(points)
     chosen = arguments.layer_numbers(layers, model.config.text.num_hidden_layers)
     wanted = [f"layers.{layer}.{name}" for name in names for layer in chosen]
     for point in wanted:
         arguments.row_shape(point, model)
-    prompts = [_one_prompt(model, x) for x in (clean, corrupted)]
+    prompts = [arguments.one_prompt(x, model) for x in (clean, corrupted)]
     _check_lengths(*map(len, prompts))
-    rows = arguments.row_numbers(positions, len(prompts[0]))
-    clean_run = model.run(prompts[0], capture=wanted)
-    base = model.run(prompts[1], keep=True)
+    span = Span(prompts[0], 0)
+    rows = arguments.choose_rows(positions, np.arange(span.end), span)
+    clean_run = model.run(prompts[0], capture=dict.fromkeys(wanted, at(rows)), routing=False)
+    base = model.run(prompts[1], keep=True, routing=False)
     measure, label = make_metric(metric, model, clean_run.logits[0])
     tokens = [
         [arguments.token_text(int(prompt.ids[row]), model) for row in rows] for prompt in prompts
@@ -130,7 +132,7 @@ def patching_grid(
         PatchingGrid(
             point=name, metric=label,
             values=np.full((len(chosen), len(rows)), measure(base.logits[0]), np.float32),
-            computed=_alive(name, chosen, rows == len(prompts[0]) - 1, model) | (not skip_dead),
+            computed=_alive(name, chosen, rows == span.end - 1, model) | (not skip_dead),
             clean=measure(clean_run.logits[0]), corrupted=measure(base.logits[0]),
             layers=chosen, positions=rows, tokens=tokens[0], corrupted_tokens=tokens[1],
         )
@@ -140,17 +142,11 @@ def patching_grid(
     with ProgressBar("patching") as bar:
         for done, (grid, i, j) in enumerate(cells):
             point = f"layers.{chosen[i]}.{grid.point}"
-            patch = edits.set(clean_run[point][rows[j]], positions=int(rows[j]))
-            grid.values[i, j] = measure(model.run(base, edit={point: patch}).logits[0])
+            patch = edits.patch(clean_run, positions=int(rows[j]))
+            patched = model.run(base, edit={point: patch}, routing=False)
+            grid.values[i, j] = measure(patched.logits[0])
             bar.show((done + 1) / len(cells))
     return grids[0] if isinstance(points, str) else grids
-
-
-def _one_prompt(model: Model, x: Any) -> Prompt:
-    prompt = model.prepare(x)
-    if isinstance(prompt, list):
-        raise ValueError(f"got a batch of {len(prompt)}; expected one input: call once for each")
-    return prompt
 
 
 def _check_lengths(clean: int, corrupted: int) -> None:

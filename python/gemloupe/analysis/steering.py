@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe import hooks
+from gemloupe import edits, hooks
 from gemloupe.analysis import arguments
+from gemloupe.capturing import at
 from gemloupe.errors import quoted
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ class SteeringVector:
         `positions` as in `gl.edits.add`; None for all, generated ones included. KeyError for a
         point that the vector does not have.
         """
-        from gemloupe import edits
-
         names = [points] if isinstance(points, str) else list(points or self.vectors)
         for name in names:
             if name not in self.vectors:
@@ -123,7 +122,7 @@ def steering_vector(
     positive: Sequence[Any],
     negative: Sequence[Any],
     point: str | Iterable[str] = "layers.*.resid_post",
-    position: int | str = -1,
+    position: Any = -1,
     *,
     norm: float | None = None,
 ) -> SteeringVector:
@@ -132,9 +131,9 @@ def steering_vector(
     (Turner et al., "Activation addition", 2023; Rimsky et al., "Contrastive activation addition",
     2024.) `positive`, `negative`: lists of inputs as `model.run` takes them; pairs that differ in
     one respect work best. `point`: hook points or patterns with one row a position; every one gets
-    a vector. `position`: whose activation, −1 the last; or "mean", over all positions of each
-    prompt. `norm`: scale every vector to this length; None keeps the difference as it is, which
-    is in units of the residual stream.
+    a vector. `position`: whose activation, −1 the last; of several (a slice, "user", None for all)
+    the mean over them in each prompt. `norm`: scale every vector to this length; None keeps the
+    difference as it is, which is in units of the residual stream.
 
     Use: `model.generate(x, edit=vector.edit(4.0, "layers.5.resid_post"))`, beside the control
     `vector.random().edit(4.0, "layers.5.resid_post")`.
@@ -169,16 +168,23 @@ def steering_vector(
 
 
 def _activations(
-    model: Model, prompt: Any, names: Sequence[str], position: int | str
+    model: Model, prompt: Any, names: Sequence[str], position: Any
 ) -> list[np.ndarray]:
-    """Returns copies of one position, or the mean of all, at each point."""
-    run = arguments.recorded(prompt, model, names)
-    if position == "mean":
-        return [run[name].mean(axis=0) for name in names]
-    if isinstance(position, bool) or not isinstance(position, int):
-        raise ValueError(f'position is {quoted(position)}; expected an int or "mean"')
-    row = arguments.row_numbers(position, len(run.prompt))[0]
-    return [run[name][row].copy() for name in names]
+    """Returns the mean over the positions at each point."""
+    run = model.run(
+        prompt,
+        capture=dict.fromkeys(names, at(position, reduce="mean")),
+        logits=None,
+        routing=False,
+    )
+    if isinstance(run, list):
+        raise ValueError("a prompt is a batch; expected one input: put its rows into the list")
+    values = [np.array(run[name]) for name in names]
+    if not values[0].size:
+        raise ValueError(
+            f"position {quoted(position)} is outside a prompt of {len(run.prompt)} tokens"
+        )
+    return values
 
 
 def _separation(a: np.ndarray, b: np.ndarray, vector: np.ndarray) -> float:
