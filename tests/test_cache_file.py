@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import gemloupe as gl
+from cache_helpers import DTYPES, LONG, filled, load, same, sources
 from gemloupe.cache import CacheNote
-from test_cache_edits import DTYPES, LONG, filled, load, same, sources
 from tiny_models import VARIANTS, random_ids
 
 
@@ -233,7 +233,5 @@ def test_a_cache_of_other_weights_warns_or_is_refused(tiny: Callable, tmp_path: 
     assert back.provenance == (CacheNote("adapter", "poet", 20),)
     other.run(random_ids(3), cache=back)
     filled(model, 20).save(path)  # its keys are the other model's weight times the values
-    with pytest.raises(
-        ValueError, match="layer 5 holds keys as a weight.*separate_keys=True"
-    ):
+    with pytest.raises(ValueError, match="layer 5 holds keys as a weight.*separate_keys=True"):
         gl.KvCache.load(path, other)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import gemloupe as gl
+from cache_helpers import LONG, filled, load, sources
 from gemloupe.cache_table import ranges
-from test_cache_edits import LONG, filled, load, sources
 from tiny_models import VARIANTS, random_ids
 
 # diff
