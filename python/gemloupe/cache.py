@@ -393,7 +393,7 @@ class KvCache:
         if isinstance(layers, slice):
             chosen = list(range(count))[layers]
         else:
-            chosen = [layers] if isinstance(layers, int | np.integer) else list(layers)
+            chosen = [int(layers)] if isinstance(layers, int | np.integer) else list(layers)
         indices = []
         for layer in chosen:
             one = self.layers[layer]
