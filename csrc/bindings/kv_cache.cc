@@ -186,6 +186,14 @@ void BindKvCache(py::module_& module) {
           },
           py::arg("layer"), "The layer whose entries are read.")
       .def(
+          "layer_key_weight",
+          [](const KvCache& cache, int layer) {
+            CheckSource(cache, layer);
+            const auto& weight = cache.layers()[static_cast<size_t>(layer)].key_weight;
+            return weight == nullptr ? ArrayOf(std::vector<float>()) : ArrayOf(*weight);
+          },
+          py::arg("layer"), "w [H] where keys can be derived from the values, else empty.")
+      .def(
           "layer_storage",
           [](const KvCache& cache, int layer) {
             CheckLayer(cache, layer);

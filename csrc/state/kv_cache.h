@@ -155,6 +155,8 @@ class KvCache {
   size_t BlockBytes(int layer) const {
     return static_cast<size_t>(layouts_[static_cast<size_t>(layer)].bytes());
   }
+  struct Splicing;  // the new sequence of a Splice
+  Layer SpliceLayer(int layer, Splicing& splicing);
   // Block number `block` (absolute) of a source, made this cache's own.
   uint8_t* WritableBlock(int layer, int64_t block);
   Status CheckPositions(int layer, const std::vector<int64_t>& positions) const;

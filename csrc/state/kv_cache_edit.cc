@@ -193,6 +193,32 @@ StatusOr<int64_t> KvCache::FirstSpliced(int layer, const std::vector<KvPiece>& p
   return kept;
 }
 
+struct KvCache::Splicing {
+  const std::vector<KvPiece>* pieces;
+  int64_t start, end;          // of the new sequence
+  std::vector<Move> moves;     // of its entries, in order
+  size_t unmoved = 0;          // leading entries that stay where they are
+  std::vector<int64_t> first;  // by layer, the first position held
+  std::vector<Rotations> rotations;
+
+  // Those of the entries that move in any layer of this rope.
+  const Rotations& RotationsFor(const RopeSpec& rope, const std::vector<KvLayerSpec>& layers);
+};
+
+const Rotations& KvCache::Splicing::RotationsFor(const RopeSpec& rope,
+                                                 const std::vector<KvLayerSpec>& layers) {
+  for (const Rotations& made : rotations) {
+    if (made.rope == rope) return made;
+  }
+  size_t begin = moves.size();
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i].source != static_cast<int>(i) || !(layers[i].rope == rope)) continue;
+    begin = std::min(begin, static_cast<size_t>(first[i] - start));
+  }
+  rotations.push_back(RotationsOf(rope, moves, std::max(begin, unmoved)));
+  return rotations.back();
+}
+
 Status KvCache::Splice(const std::vector<KvPiece>& pieces) {
   const int64_t end = options_.start + TokensOf(pieces);
   if (end - options_.start > options_.max_tokens) {
@@ -200,77 +226,72 @@ Status KvCache::Splice(const std::vector<KvPiece>& pieces) {
                                               " tokens, expected at most ", options_.max_tokens,
                                               " (max_tokens of this cache)"));
   }
+  Splicing splicing{&pieces, options_.start, end, {}, 0, {}, {}};
   std::vector<int32_t> tokens;
-  std::vector<Move> moves;  // of every new position, from start on
-  size_t unmoved = 0;       // leading entries that stay where they are
   for (const KvPiece& piece : pieces) {
     GL_CHECK(piece.begin >= piece.cache->start() && piece.end <= piece.cache->length());
     GL_RETURN_IF_ERROR(CheckSameModel(*this, *piece.cache));
     for (int64_t from = piece.begin; from < piece.end; ++from) {
-      const int64_t to = options_.start + static_cast<int64_t>(moves.size());
-      if (piece.cache == this && from == to && unmoved == moves.size()) ++unmoved;
-      moves.push_back({piece.cache, from, to});
+      const int64_t to = options_.start + static_cast<int64_t>(tokens.size());
+      const bool stays = piece.cache == this && from == to;
+      if (stays && splicing.unmoved == tokens.size()) ++splicing.unmoved;
+      splicing.moves.push_back({piece.cache, from, to});
       tokens.push_back(
           piece.cache->tokens_[static_cast<size_t>(from - piece.cache->options_.start)]);
     }
   }
-  std::vector<int64_t> first(layers_.size(), options_.start);
+  splicing.first.assign(layers_.size(), options_.start);
   for (int i = 0; i < static_cast<int>(layers_.size()); ++i) {
     if (!IsSource(i)) continue;
-    GL_ASSIGN_OR_RETURN(first[static_cast<size_t>(i)], FirstSpliced(i, pieces));
+    GL_ASSIGN_OR_RETURN(splicing.first[static_cast<size_t>(i)], FirstSpliced(i, pieces));
   }
-
-  std::vector<Rotations> rotations;
-  std::vector<Layer> spliced(layers_.size());
+  std::vector<Layer> spliced;
   for (int i = 0; i < static_cast<int>(layers_.size()); ++i) {
-    const auto index = static_cast<size_t>(i);
-    Layer& layer = spliced[index];
-    layer.first_block = options_.start / kKvBlock;
-    if (!IsSource(i)) continue;
-    const KvLayerSpec& spec = layers_[index];
-    std::vector<std::pair<const KvCache*, KvView>> views;
-    for (const KvPiece& piece : pieces) {
-      if (!piece.cache->layouts_[index].derived) SeparateKeys(i);
-    }
-    for (const KvPiece& piece : pieces) views.emplace_back(piece.cache, piece.cache->View(i));
-    auto held = std::find_if(rotations.begin(), rotations.end(),
-                             [&](const Rotations& made) { return made.rope == spec.rope; });
-    if (held == rotations.end()) {
-      size_t begin = moves.size();
-      for (int other = 0; other < static_cast<int>(layers_.size()); ++other) {
-        const auto at = static_cast<size_t>(other);
-        if (!IsSource(other) || !(layers_[at].rope == spec.rope)) continue;
-        begin = std::min(begin, static_cast<size_t>(first[at] - options_.start));
-      }
-      held = rotations.insert(held, RotationsOf(spec.rope, moves, std::max(begin, unmoved)));
-    }
-    layer.first_position = first[index];
-    layer.first_block = first[index] / kKvBlock;
-    const KvBlockLayout& layout = layouts_[index];
-    EntryCopier copier(layout);
-    auto view = views.begin();
-    for (int64_t block = layer.first_block; block * kKvBlock < end; ++block) {
-      const int64_t block_end = std::min(end, (block + 1) * kKvBlock);
-      const Layer& old = storage_[index];
-      if (block_end <= options_.start + static_cast<int64_t>(unmoved)) {
-        layer.blocks.push_back(old.blocks[static_cast<size_t>(block - old.first_block)]);
-        continue;
-      }
-      layer.blocks.push_back(std::make_shared<AlignedBuffer>(BlockBytes(i)));
-      for (int64_t to = std::max(block * kKvBlock, first[index]); to < block_end; ++to) {
-        const auto row = static_cast<size_t>(to - options_.start);
-        const Move& move = moves[row];
-        while (view->first != move.cache) ++view;
-        const bool moved = move.from != move.to;
-        copier.Copy(PlaceOf(view->second, move.from), layout, spec.rope.pairs,
-                    layer.blocks.back()->data(), to % kKvBlock, moved ? held->CosOf(row) : nullptr,
-                    moved ? held->SinOf(row) : nullptr);
-      }
-    }
+    spliced.push_back(SpliceLayer(i, splicing));
   }
   storage_ = std::move(spliced);
   tokens_ = std::move(tokens);
   return absl::OkStatus();
+}
+
+KvCache::Layer KvCache::SpliceLayer(int layer, Splicing& splicing) {
+  const auto index = static_cast<size_t>(layer);
+  const KvLayerSpec& spec = layers_[index];
+  const int64_t first = splicing.first[index];
+  Layer spliced;
+  spliced.first_position = first;
+  spliced.first_block = first / kKvBlock;
+  if (!IsSource(layer)) return spliced;
+  for (const KvPiece& piece : *splicing.pieces) {
+    if (!piece.cache->layouts_[index].derived) SeparateKeys(layer);
+  }
+  std::vector<KvView> views;
+  for (const KvPiece& piece : *splicing.pieces) views.push_back(piece.cache->View(layer));
+  const KvBlockLayout& layout = layouts_[index];
+  const Layer& old = storage_[index];
+  const Rotations& rotations = splicing.RotationsFor(spec.rope, layers_);
+  const int64_t shared_end = splicing.start + static_cast<int64_t>(splicing.unmoved);
+  EntryCopier copier(layout);
+  size_t piece = 0;
+  for (int64_t block = spliced.first_block; block * kKvBlock < splicing.end; ++block) {
+    const int64_t block_end = std::min(splicing.end, (block + 1) * kKvBlock);
+    if (block_end <= shared_end) {
+      spliced.blocks.push_back(old.blocks[static_cast<size_t>(block - old.first_block)]);
+      continue;
+    }
+    spliced.blocks.push_back(std::make_shared<AlignedBuffer>(BlockBytes(layer)));
+    for (int64_t to = std::max(block * kKvBlock, first); to < block_end; ++to) {
+      const auto entry = static_cast<size_t>(to - splicing.start);
+      const Move& move = splicing.moves[entry];
+      while ((*splicing.pieces)[piece].cache != move.cache) ++piece;
+      const bool moved = move.from != move.to;
+      copier.Copy(PlaceOf(views[piece], move.from), layout, spec.rope.pairs,
+                  spliced.blocks.back()->data(), to % kKvBlock,
+                  moved ? rotations.CosOf(entry) : nullptr,
+                  moved ? rotations.SinOf(entry) : nullptr);
+    }
+  }
+  return spliced;
 }
 
 }  // namespace gemloupe

@@ -192,8 +192,8 @@ class KvCache:
         """Writes the cache to a safetensors file, bit for bit, and renames it to `path`.
 
         Tensors: `tokens` [n] and for each layer that stores `layers.{i}.keys` [S, K, H] (where
-        keys are derived the 2 · pairs rotated dims only), `.values` [S, K, H], and with int8
-        `.key_scales` and `.value_scales` [S, K].
+        keys are derived the 2 · pairs rotated dims only: the others are `.key_weight` [H] times
+        the values), `.values` [S, K, H], and with int8 `.key_scales` and `.value_scales` [S, K].
         """
         cache_file.save(self, path)
 
@@ -393,7 +393,7 @@ class KvCache:
         if isinstance(layers, slice):
             chosen = list(range(count))[layers]
         else:
-            chosen = [layers] if isinstance(layers, int | np.integer) else list(layers)
+            chosen = [int(layers)] if isinstance(layers, int | np.integer) else list(layers)
         indices = []
         for layer in chosen:
             one = self.layers[layer]

@@ -72,7 +72,7 @@ class CacheDiff:
     def table(self) -> str:
         """Returns the layers that differ, one a line."""
         head = ("layer", "first position", "differing", "keys", "relative", "values", "relative")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for layer in self.layers:
             if layer.first is None:
                 continue

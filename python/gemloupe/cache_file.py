@@ -90,7 +90,8 @@ def _layer_tensors(
     """(name, file dtype, shape) of what a layer stores, in the order of `read_bits`."""
     heads, head_dim, pairs = cache.core.layer_shape(layer)
     dtype = _FILE_DTYPES[cache.dtype]
-    key_dims = 2 * pairs if cache.core.layer_storage(layer) == "derived" else head_dim
+    derived = cache.core.layer_storage(layer) == "derived"
+    key_dims = 2 * pairs if derived else head_dim
     tensors: list[tuple[str, str, tuple[int, ...]]] = [
         (f"layers.{layer}.keys", dtype, (count, heads, key_dims)),
         (f"layers.{layer}.values", dtype, (count, heads, head_dim)),
@@ -100,6 +101,8 @@ def _layer_tensors(
             (f"layers.{layer}.key_scales", "F32", (count, heads)),
             (f"layers.{layer}.value_scales", "F32", (count, heads)),
         ]
+    if derived:
+        tensors.append((f"layers.{layer}.key_weight", "F32", (head_dim,)))
     return tensors
 
 
@@ -139,6 +142,8 @@ def _header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str,
 def _write_layer(file: BinaryIO, cache: KvCache, layer: int) -> None:
     for array in cache.core.read_bits(layer):
         file.write(array.data)
+    if cache.core.layer_storage(layer) == "derived":
+        file.write(cache.core.layer_key_weight(layer).data)
 
 
 def load(path: str | os.PathLike[str], model: Model) -> KvCache:
@@ -173,12 +178,17 @@ def load(path: str | os.PathLike[str], model: Model) -> KvCache:
             if storage == "shared":
                 continue
             count = cache.length - first[layer]
-            read = [
-                _read(where, file, tensors[name], shape)
+            read = {
+                name.rsplit(".")[-1]: _read(where, file, tensors[name], shape)
                 for name, _dtype, shape in _layer_tensors(cache, layer, count)
-            ]
-            scales = [bits.view(np.float32) for bits in read[2:]] or [np.zeros(0, np.float32)] * 2
-            cache.core.write_bits(layer, read[0], read[1], scales[0], scales[1])
+            }
+            if storage == "derived":
+                _check_key_weight(where, read["key_weight"], cache, layer)
+            none = np.zeros(0, np.uint8)
+            key_scales, value_scales = (
+                read.get(name, none).view(np.float32) for name in ("key_scales", "value_scales")
+            )
+            cache.core.write_bits(layer, read["keys"], read["values"], key_scales, value_scales)
     notes = [CacheNote(*note) for note in _notes(where, metadata)]
     if not same_weights:
         warnings.warn(
@@ -223,6 +233,15 @@ def _check_model(where: Path, text: str, model: Model) -> bool:
             f"{quoted(expected.get(name))}, as in {model.checkpoint.source}"
         )
     return theirs.get("weights") == ours["weights"]
+
+
+def _check_key_weight(where: Path, bits: np.ndarray, cache: KvCache, layer: int) -> None:
+    if bits.tobytes() != cache.core.layer_key_weight(layer).tobytes():
+        raise ValueError(
+            f"{where}: layer {layer} holds keys as a weight times the values, and this model's "
+            "weight is another; expected the model that filled the cache. Save a cache made with "
+            "new_cache(separate_keys=True) to read it with other weights."
+        )
 
 
 def _count(where: Path, metadata: dict[str, str], field: str, most: int) -> int:

@@ -39,7 +39,7 @@ def _rows(cache: KvCache) -> list[tuple[str, ...]]:
         positions = layer.positions
         shared = layer.kind == "shared"
         _count, heads, head_dim = layer.shape
-        key = (
+        key: tuple[str, ...] = (
             f"shared, reads {layer.source_layer}" if shared else layer.kind,
             f"{positions[0]}…{positions[-1]}" if len(positions) else "none",
             str(layer.window or "all"),
@@ -47,10 +47,10 @@ def _rows(cache: KvCache) -> list[tuple[str, ...]]:
             layer.storage,
         )
         alike.setdefault(key, []).append(layer.index)
-    rows = []
-    for key, indices in alike.items():
+    rows: list[tuple[str, ...]] = []
+    for cells, indices in alike.items():
         held = sum(cache.layers[i].nbytes for i in indices)
-        rows.append((ranges(indices), *key, format_bytes(held)))
+        rows.append((ranges(indices), *cells, format_bytes(held)))
     return rows
 
 
