@@ -279,9 +279,9 @@ def _schema(sizes: _Sizes) -> Any:
 
 def _write_parquet(trace: RouterTrace, path: Path) -> None:
     """One row group a layer: a reader that wants one layer skips the others."""
+    pa = _pyarrow()
     import pyarrow.parquet as pq
 
-    pa = _pyarrow()
     sizes = _Sizes.of(trace)
     schema = _schema(sizes)
     packed = ("layer", "row", "position", "id", "token", "choice", "expert")
