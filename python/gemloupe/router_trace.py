@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -96,9 +95,9 @@ class RouterTrace:
     """float32 [L, T, E]: softmax over all experts; None at level "experts"."""
     output_norms: np.ndarray | None = None
     """float32 [L, T, k]: L2 norms of the chosen experts' outputs, before their weights; or None."""
-    mean_outputs: np.ndarray | None = None
-    """float32 [L, E, D]: mean output of each expert where it was chosen, NaN where it never was;
-    None unless whole outputs were captured."""
+    mean_outputs: Mapping[int, np.ndarray] | None = None
+    """Layer number -> float32 [E, D]: mean output of each expert where it was chosen, NaN where it
+    never was. None before `with_outputs`."""
     token_source: Callable[[], list[str]] | None = field(default=None, repr=False)
     """Gives `token_strings` when they are first asked for."""
 
@@ -133,9 +132,20 @@ class RouterTrace:
                 f"experts hold {self.experts.min()} … {self.experts.max()}; expected 0 … "
                 f"{self.num_experts - 1}"
             )
-        for name in (*_ROWS, "ids", "positions", "layers", "mean_outputs"):
-            if (array := getattr(self, name)) is not None:
-                array.flags.writeable = False
+        for layer, means in (self.mean_outputs or {}).items():
+            layer_index(self.layers, layer)
+            if means.ndim != 2 or len(means) != self.num_experts:
+                raise ValueError(
+                    f"mean_outputs of layer {layer} are {format_shape(means.shape)}; expected "
+                    f"[{self.num_experts}, D]"
+                )
+        for array in self._arrays():
+            array.flags.writeable = False
+
+    def _arrays(self) -> list[np.ndarray]:
+        arrays = [getattr(self, name) for name in (*_ROWS, "ids", "positions", "layers")]
+        arrays += (self.mean_outputs or {}).values()
+        return [array for array in arrays if array is not None]
 
     @property
     def level(self) -> str:
@@ -145,8 +155,7 @@ class RouterTrace:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        arrays = (getattr(self, name) for name in (*_ROWS, "ids", "positions", "mean_outputs"))
-        return sum(array.nbytes for array in arrays if array is not None)
+        return sum(array.nbytes for array in self._arrays())
 
     def __len__(self) -> int:
         """T."""
@@ -272,6 +281,31 @@ class RouterTrace:
             token_source=lambda: [self.token_strings[row] for row in kept.tolist()],
         )
 
+    def with_outputs(self, captured: Mapping[str, np.ndarray]) -> RouterTrace:
+        """The trace with mean outputs, for `gl.edits.ablate_experts(ids, mode="mean", means=)`.
+
+        `captured` has `layers.{i}.experts.each` [T, k, D] of one or more layers, of these tokens:
+        `run.routing.with_outputs(run.captured)`. Traces so made add up. ValueError where it has
+        none, or of another shape.
+        """
+        means: dict[int, np.ndarray] = {}
+        for index, layer in enumerate(self.layers.tolist()):
+            name = f"layers.{layer}.experts.each"
+            if name not in captured:
+                continue
+            outputs = np.asarray(captured[name], np.float32)
+            shape = self.experts.shape[1:]
+            if outputs.ndim != 3 or outputs.shape[:2] != shape:
+                raise ValueError(
+                    f"{name} is {format_shape(outputs.shape)}; expected [{shape[0]}, {shape[1]}, D]"
+                )
+            means[layer] = _mean_by_expert(outputs, self.experts[index], self.num_experts)
+        if not means:
+            raise ValueError(
+                'no experts.each was captured; run with capture="layers.*.experts.each"'
+            )
+        return dataclasses.replace(self, mean_outputs=means)
+
     def __add__(self, other: object) -> RouterTrace:
         """This trace's tokens and then the other's; `sum(traces)` works."""
         return (
@@ -338,17 +372,18 @@ class RouterTrace:
         a mask [T]; None is all. ValueError for positions that it lacks, and for a trace of several
         sequences, whose positions repeat.
         """
+        from gemloupe.edits import set as edit_set
+
         if len(np.unique(self.positions)) != len(self):
             raise ValueError(
                 "the trace holds several sequences: positions repeat; replay the trace of one run"
             )
         rows = np.arange(len(self)) if positions is None else self._rows_at(positions)
-        set_rows = import_module("gemloupe.edits").set
         where = self.positions[rows].tolist()
         edits: dict[str, Any] = {}
         for index, layer in enumerate(self.layers.tolist()):
             for name, values in (("experts", self.experts), ("weights", self.weights)):
-                edits[f"layers.{layer}.router.{name}"] = set_rows(
+                edits[f"layers.{layer}.router.{name}"] = edit_set(
                     values[index, rows], positions=where
                 )
         return edits
@@ -455,14 +490,27 @@ def _check_same_ids(a: np.ndarray, b: np.ndarray) -> None:
         )
 
 
-def _joined_means(parts: Sequence[RouterTrace]) -> np.ndarray | None:
-    """Means of all parts' outputs, weighted by how often each part chose the expert."""
-    total: Any = 0
-    count: Any = 0
-    for part in parts:
-        if part.mean_outputs is None:
-            return None
-        counts = expert_counts(part.experts, part.num_experts)[..., None]
-        total = total + np.where(counts > 0, part.mean_outputs, 0.0) * counts
-        count = count + counts
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan).astype(np.float32)
+def _mean_by_expert(outputs: np.ndarray, experts: np.ndarray, num_experts: int) -> np.ndarray:
+    """Mean [E, D] of outputs [T, k, D] by expert [T, k]; NaN for experts that none chose."""
+    means = np.full((num_experts, outputs.shape[-1]), np.nan, np.float32)
+    for expert in np.unique(experts):
+        means[expert] = outputs[experts == expert].mean(0, dtype=np.float64)
+    return means
+
+
+def _joined_means(parts: Sequence[RouterTrace]) -> dict[int, np.ndarray] | None:
+    """Means of all parts' outputs in the layers that all have, weighted by their choices."""
+    layers = set.intersection(*(set(part.mean_outputs or ()) for part in parts))
+    joined: dict[int, np.ndarray] = {}
+    for layer in sorted(layers):
+        index = layer_index(parts[0].layers, layer)
+        total: Any = 0
+        count: Any = 0
+        for part in parts:
+            counts = expert_counts(part.experts[index : index + 1], part.num_experts)[0, :, None]
+            assert part.mean_outputs is not None
+            total = total + np.where(counts > 0, part.mean_outputs[layer], 0.0) * counts
+            count = count + counts
+        means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        joined[layer] = means.astype(np.float32)
+    return joined or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -63,9 +63,9 @@ def make_trace(
 ) -> RouterTrace | None:
     """Makes a trace of what `hook_points(level, config)` names, each [T, …]; None where that is {}.
 
-    `experts.each` may be norms [T, k], whole outputs [T, k, D], from which norms and mean outputs
-    are taken, or left out. `tokens` is called when token strings are first asked for, and may
-    raise FileNotFoundError then (no tokenizer). KeyError for a router point that is not captured.
+    The norms `experts.each` may be left out, in all layers. `tokens` is called when token strings
+    are first asked for, and may raise FileNotFoundError then (no tokenizer). KeyError for a router
+    point that is not captured.
     """
     layers = _layers(config)
     if level is None or not layers:
@@ -75,12 +75,11 @@ def make_trace(
         return np.stack([np.asarray(captured[f"layers.{i}.{name}"], dtype) for i in layers])
 
     full = level == "full"
-    experts = stack("router.experts", np.int32)
-    norms = means = None
-    if full:
-        norms, means = _expert_outputs(captured, layers, experts, config.num_experts)
+    norms = None
+    if full and any(name.endswith(".experts.each") for name in captured):
+        norms = stack("experts.each", np.float32)
     return RouterTrace(
-        experts=experts,
+        experts=stack("router.experts", np.int32),
         weights=stack("router.weights", np.float32),
         weights_norm=stack("router.weights_norm", np.float32),
         ids=np.array(ids, np.int32),
@@ -90,33 +89,9 @@ def make_trace(
         logits=stack("router.logits", np.float32) if full else None,
         probs=stack("router.probs", np.float32) if full else None,
         output_norms=norms,
-        mean_outputs=means,
         token_source=tokens,
     )
 
 
 def _layers(config: TextConfig) -> list[int]:
     return [index for index, layer in enumerate(config.layers) if layer.has_experts]
-
-
-def _expert_outputs(
-    captured: Mapping[str, np.ndarray], layers: Sequence[int], experts: np.ndarray, num_experts: int
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Norms [L, T, k] of the experts' outputs, and their means [L, E, D] where captured whole."""
-    names = [f"layers.{layer}.experts.each" for layer in layers]
-    if not any(name in captured for name in names):
-        return None, None
-    outputs = [np.asarray(captured[name], np.float32) for name in names]
-    if outputs[0].ndim == 2:
-        return np.stack(outputs), None
-    norms = [np.sqrt(np.square(o, dtype=np.float64).sum(-1)).astype(np.float32) for o in outputs]
-    means = [_mean_by_expert(o, e, num_experts) for o, e in zip(outputs, experts, strict=True)]
-    return np.stack(norms), np.stack(means)
-
-
-def _mean_by_expert(outputs: np.ndarray, experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """Mean [E, D] of outputs [T, k, D] by expert [T, k]; NaN for experts that none chose."""
-    means = np.full((num_experts, outputs.shape[-1]), np.nan, np.float32)
-    for expert in np.unique(experts):
-        means[expert] = outputs[experts == expert].mean(0, dtype=np.float64)
-    return means

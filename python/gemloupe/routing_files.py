@@ -154,20 +154,23 @@ def _make(arrays: Mapping[str, Any], sizes: _Sizes, tokens: list[str], path: Pat
 # --- safetensors ---
 
 
+_MEANS = "mean_outputs."
+
+
 def _write_safetensors(trace: RouterTrace, path: Path) -> None:
     from safetensors.numpy import save_file
 
     pieces = [token.encode() for token in trace.token_strings]
-    arrays = {name: getattr(trace, name) for name in _tensor_types(_Sizes.of(trace), 0)}
-    if trace.mean_outputs is not None:
-        arrays["mean_outputs"] = trace.mean_outputs
+    arrays = {name: getattr(trace, name) for name in _tensor_types(_Sizes.of(trace))}
+    for layer, means in (trace.mean_outputs or {}).items():
+        arrays[f"{_MEANS}{layer}"] = means
     arrays["tokens.utf8"] = np.frombuffer(b"".join(pieces), np.uint8)
     arrays["tokens.ends"] = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     save_file(arrays, path, {FORMAT: _Sizes.of(trace).to_json()})
 
 
-def _tensor_types(sizes: _Sizes, first: int = 0) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _tensor_types(sizes: _Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Fields of a trace -> their type in safetensors and shape."""
     layers, tokens = len(sizes.layers), sizes.tokens
     choices, all_experts = (layers, tokens, sizes.chosen), (layers, tokens, sizes.experts)
@@ -201,6 +204,12 @@ def _read_safetensors(path: Path) -> RouterTrace:
             arrays = {name: file.get_tensor(name) for name in found}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error}). {_AGAIN}") from None
+    means = {
+        layer: arrays.pop(f"{_MEANS}{layer}")
+        for layer in sizes.layers
+        if f"{_MEANS}{layer}" in arrays
+    }
+    arrays["mean_outputs"] = means or None
     tokens = _split_tokens(arrays.pop("tokens.utf8"), arrays.pop("tokens.ends"), path)
     return _make(arrays, sizes, tokens, path)
 
@@ -211,17 +220,16 @@ def _check_tensors(
     types: Mapping[str, tuple[str, tuple[int, ...]]],
     sizes: _Sizes,
 ) -> None:
-    expected = dict(types)
-    expected["tokens.ends"] = ("I64", (sizes.tokens,))
-    for name in ("tokens.utf8", "mean_outputs"):  # Their last size is for the file to say.
-        dtype, shape = found.get(name, ("", ()))
-        first = (len(sizes.layers), sizes.experts) if name == "mean_outputs" else ()
-        if name in found or name == "tokens.utf8":
-            right = shape[:-1] == first and len(shape) == len(first) + 1
-            last = f"{shape[-1]}" if right else "…"
-            if not right:
-                _refuse(path, f"{name} is {dtype} {format_shape(shape)}", f"[{first}, {last}]")
-            expected[name] = ("F32" if first else "U8", shape)
+    def last(name: str) -> int:
+        """A last size that the file itself tells."""
+        shape = found.get(name, ("", ()))[1]
+        return shape[-1] if shape else 0
+
+    expected = {**types, "tokens.ends": ("I64", (sizes.tokens,))}
+    expected["tokens.utf8"] = ("U8", (last("tokens.utf8"),))
+    for name in (f"{_MEANS}{layer}" for layer in sizes.layers):
+        if name in found:
+            expected[name] = ("F32", (sizes.experts, last(name)))
     if set(found) != set(expected):
         _refuse(path, f"it holds {quoted(sorted(found))}", f"{sorted(expected)}")
     for name, (dtype, shape) in expected.items():
@@ -279,9 +287,9 @@ def _schema(sizes: _Sizes) -> Any:
 
 def _write_parquet(trace: RouterTrace, path: Path) -> None:
     """One row group a layer: a reader that wants one layer skips the others."""
+    pa = _pyarrow()
     import pyarrow.parquet as pq
 
-    pa = _pyarrow()
     sizes = _Sizes.of(trace)
     schema = _schema(sizes)
     packed = ("layer", "row", "position", "id", "token", "choice", "expert")

@@ -56,7 +56,7 @@ def _choices(trace: RouterTrace, layer: int, ax: Any) -> Any:
     image = ax.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
     if trace.probs is not None:
         dots = np.broadcast_to(rows, experts.shape).ravel()
-        ax.scatter(experts.ravel(), dots, s=6, c=COLOURS[5], linewidths=0)
+        ax.scatter(experts.ravel(), dots, s=9, c="white", edgecolors="black", linewidths=0.5)
     colour_bar(image, ax, label)
     label_tokens(ax.yaxis, trace.token_strings)
     marks = "" if trace.probs is None else " (dots: chosen)"
