@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,9 @@ class Bounded:
     value: np.ndarray
     error: np.ndarray
 
-    def __getitem__(self, index: object) -> Bounded:
+    def __getitem__(self, index: Any) -> Bounded:
         error = np.broadcast_to(self.error, self.value.shape)
-        return Bounded(self.value[index], error[index])  # type: ignore[index]
+        return Bounded(self.value[index], error[index])
 
     def reshape(self, *shape: int) -> Bounded:
         error = np.broadcast_to(self.error, self.value.shape)

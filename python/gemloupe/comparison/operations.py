@@ -119,7 +119,7 @@ def _gelu_times(gate: str, up: str) -> Operation:
     )
 
 
-def _scale(dtype: str, size: int) -> float:
+def embed_scale(dtype: str, size: int) -> float:
     """√size as an embedding's weights in `dtype` hold it."""
     root = np.float32(size**0.5)
     if dtype == "bfloat16":
@@ -131,12 +131,9 @@ def _scale(dtype: str, size: int) -> float:
     return float(np.float16(root) if dtype == "float16" else root)
 
 
-embed_scale = _scale
-
-
 def _embed(c: Context) -> Bounded:
     rows = weights.gather(c.tensors, "embed_tokens.weight", c.captured.ids)
-    factor = _scale(c.captured.embed_scale, c.config.hidden_size)
+    factor = embed_scale(c.captured.embed_scale, c.config.hidden_size)
     return c.captured.engine.roundings.scale(exact(rows), factor)
 
 
@@ -144,7 +141,7 @@ def _token_part(c: Context) -> Bounded:
     rows = weights.gather(c.tensors, "embed_tokens_per_layer.weight", c.captured.ids)
     size = c.config.hidden_size_per_layer_input
     rows = rows.reshape(len(rows), c.config.num_hidden_layers, size)
-    return c.captured.engine.roundings.scale(exact(rows), _scale(c.captured.embed_scale, size))
+    return c.captured.engine.roundings.scale(exact(rows), embed_scale(c.captured.embed_scale, size))
 
 
 def _context_part(c: Context) -> Bounded:

@@ -1,13 +1,12 @@
 """Records every hook point of a transformers Gemma 4 model: forward hooks, nothing permanent.
 
-| hook point | in transformers |
-| --- | --- |
-| final_norm | `hidden_states[-1]`, which is not the last layer's output (that is resid_post) |
-| router.probs | what `output_router_logits=True` returns; router.logits is inside, before softmax |
-| per_layer_inputs.token | the argument `per_layer_inputs`; layers read the sum with the context part |
-| attn.k, attn.v, attn.rot_k | none in layers that share keys and values: they read another layer's |
-| resid_unscaled, router.weights_norm, attn.result, experts.hidden, experts.each | have no tensor of \
-their own: computed from those beside them by the same operations in the model's dtype |
+Names that mislead in transformers, and what they are here:
+  hidden_states[-1]   final_norm; the last layer's output is its resid_post
+  router_logits       router.probs; router.logits is inside the router, before softmax
+  per_layer_inputs    (argument) per_layer_inputs.token; layers read its sum with the context part
+  resid_unscaled, router.weights_norm, attn.result, experts.hidden, experts.each have no tensor of
+their own: the operations beside them are repeated in the model's dtype. Layers that share keys and
+values have no attn.k, attn.v and attn.rot_k.
 
 torch is imported by the functions here only, and the model is as it was when they return.
 """
@@ -95,6 +94,19 @@ def describe(model: Any) -> str:
     if loaded not in (None, "eager"):
         attention += f" (loaded with {loaded})"
     return f"transformers {transformers.__version__} {name}, {dtype_of(model)}, {attention}"
+
+
+def rounded_frequencies(model: Any) -> str:
+    """The dtype of RoPE's inverse frequencies where it is not float32, else "".
+
+    model.to(torch.bfloat16) rounds these buffers; from_pretrained(dtype=torch.bfloat16) does not.
+    """
+    rotary = getattr(decoder_of(model), "rotary_emb", None)
+    for name, buffer in rotary.named_buffers() if rotary is not None else ():
+        dtype = str(buffer.dtype).removeprefix("torch.")
+        if name.endswith("inv_freq") and dtype not in ("float32", "float64"):
+            return dtype
+    return ""
 
 
 def record(
@@ -458,7 +470,7 @@ def _forced(torch: Any, decoder: Any, experts: Mapping[int, Any]) -> Iterator[No
     def force(index: int) -> Any:
         def hook(module: Any, _inputs: Any, output: Any) -> Any:
             probs = output[0]
-            chosen = torch.as_tensor(experts[index], device=probs.device, dtype=torch.int64)
+            chosen = torch.tensor(experts[index].tolist(), device=probs.device)
             weights = probs.gather(-1, chosen)
             weights = weights / weights.sum(dim=-1, keepdim=True)
             return probs, weights * module.per_expert_scale[chosen], chosen
