@@ -103,6 +103,11 @@ class Roundings:
         rounding = (0.5 * sum_roundoff(size) + 5 * FLOAT32) * np.abs(value)
         return self.stored(value, inputs + rounding)
 
+    def divisor(self, x: Bounded, eps: float) -> Bounded:
+        """√(mean x² + eps), always float32: [T, D] -> [T, 1], [T, N, H] -> [T, N]."""
+        value = np.sqrt(np.mean(x.value**2, axis=-1, keepdims=x.value.ndim == 2) + eps)
+        return Bounded(value, (0.5 * sum_roundoff(x.value.shape[-1]) + 4 * FLOAT32) * value)
+
     def gelu_times(self, gate: Bounded, up: Bounded) -> Bounded:
         """gelu_tanh(gate) · up. |gelu'| < 1.13; 1 + tanh loses digits where the gate is < 0."""
         z = gate.value

@@ -392,22 +392,22 @@ def _elements(point: hooks.HookPoint, config: Any, tokens: int) -> int:
     return count
 
 
+# Large, and computed from others where they are not captured.
+_HEAVY = ("scores", "pattern", "attn.result", "experts.hidden", "experts.each")
+
+
 def _inputs_of(names: Sequence[str], config: Any) -> list[str]:
-    """Points of other layers that the operations of `names` read."""
-    layers = sorted({int(n.split(".")[1]) for n in names if n.startswith("layers.")})
-    wanted: list[str] = []
-    for layer in layers:
+    """Points that the operations of `names` read, in their own layers and in others."""
+    points = hooks.hook_points(config)
+    layers = {points[name].layer for name in names}
+    wanted = [n for n, p in points.items() if p.layer in layers and not n.endswith(_HEAVY)]
+    for layer in layers - {-1}:
         wanted.append("embed" if layer == 0 else f"layers.{layer - 1}.resid_post")
         source = config.layers[layer].kv_source
         wanted += [f"layers.{source}.attn.rot_k", f"layers.{source}.attn.v"]
         if config.hidden_size_per_layer_input:
             wanted.append("per_layer_inputs")
-    if any(name.startswith(("final_norm", "logits")) for name in names):
+    if -1 in layers:
         wanted.append(f"layers.{config.num_hidden_layers - 1}.resid_post")
-    if any(name.startswith("per_layer_inputs") for name in names):
-        wanted.append("embed")
-    if any(name == "logits_raw" for name in names):
-        wanted.append("final_norm")
-    if any(name == "logits" for name in names):
-        wanted.append("logits_raw")
-    return [name for name in dict.fromkeys(wanted) if name not in names]
+    asked = set(names)
+    return [name for name in dict.fromkeys(wanted) if name not in asked]

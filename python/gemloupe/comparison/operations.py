@@ -144,11 +144,15 @@ def _token_part(c: Context) -> Bounded:
     return c.captured.engine.roundings.scale(exact(rows), embed_scale(c.captured.embed_scale, size))
 
 
-def _context_part(c: Context) -> Bounded:
+def _projected_context(c: Context) -> Bounded:
     flat = c.product(c.at("embed"), "per_layer_model_projection.weight")
     shape = (len(flat.value), c.config.num_hidden_layers, c.config.hidden_size_per_layer_input)
     scaled = c.captured.engine.roundings.scale(flat, c.config.hidden_size**-0.5, times=2)
-    return c.norm(scaled.reshape(*shape), "per_layer_projection_norm.weight")
+    return scaled.reshape(*shape)
+
+
+def _context_part(c: Context) -> Bounded:
+    return c.norm(_projected_context(c), "per_layer_projection_norm.weight")
 
 
 def _per_layer_inputs(c: Context) -> Bounded:
@@ -434,6 +438,51 @@ OUTSIDE: dict[str, Operation] = {
         "final_norm",
     ),
     "logits": Operation(_logits, (), "logits_raw"),
+}
+
+
+# Norms and what they read; each has its divisor at "….scale".
+NORMED = {
+    "attn.norm": "resid_pre",
+    "attn.q": "attn.q_proj",
+    "attn.k": "attn.k_proj",
+    "attn.v": "attn.v_proj",
+    "attn.post": "attn.out",
+    "mlp.norm": "resid_mid",
+    "mlp.post": "mlp.out",
+    "router.norm": "resid_mid",
+    "experts.norm": "resid_mid",
+    "experts.post": "experts.out",
+    "ffn.post": "ffn.out",
+    "per_layer.post": "per_layer.out",
+}
+
+
+def _divisor(source: str) -> Operation:
+    def compute(c: Context) -> Bounded:
+        return c.captured.engine.roundings.divisor(c(source), c.config.rms_norm_eps)
+
+    return Operation(compute, (), source)
+
+
+def _last_divisor(c: Context) -> Bounded:
+    last = c.at(f"layers.{c.config.num_hidden_layers - 1}.resid_post")
+    return c.captured.engine.roundings.divisor(last, c.config.rms_norm_eps)
+
+
+def _context_divisor(c: Context) -> Bounded:
+    projected = _projected_context(c)
+    exact_part = c.captured.engine.roundings.divisor(projected, c.config.rms_norm_eps)
+    off = np.broadcast_to(projected.error, projected.value.shape)
+    return Bounded(exact_part.value, exact_part.error + np.sqrt(np.mean(off**2, axis=-1)))
+
+
+IN_LAYER |= {f"{norm}.scale": _divisor(source) for norm, source in NORMED.items()}
+OUTSIDE |= {
+    "final_norm.scale": Operation(_last_divisor, (), "the last layer's resid_post"),
+    "per_layer_inputs.context.scale": Operation(
+        _context_divisor, ("per_layer_model_projection.weight",), "embed"
+    ),
 }
 
 

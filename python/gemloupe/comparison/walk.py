@@ -117,7 +117,7 @@ class Pair:
     @staticmethod
     def _is_after(flip: int, layer: int, point: str) -> bool:
         if layer < 0:
-            return point in ("final_norm", "logits_raw", "logits")
+            return point.startswith(("final_norm", "logits"))
         late = ("experts.", "ffn.", "resid_ffn", "resid_unscaled", "resid_post", "router.weights")
         return flip < layer or (flip == layer and point.startswith(late))
 
