@@ -21,6 +21,7 @@ from gemloupe.comparison.sides import (
     GemloupeSide,
     Side,
     TransformersSide,
+    Values,
     check_same_shape,
 )
 from gemloupe.comparison.walk import OtherChoice, Pair, PointError, Walk

@@ -5,8 +5,8 @@ Names that mislead in transformers, and what they are here:
   router_logits       router.probs; router.logits is inside the router, before softmax
   per_layer_inputs    (argument) per_layer_inputs.token; layers read its sum with the context part
   resid_unscaled, router.weights_norm, attn.result, experts.hidden, experts.each and the norms'
-divisors have no tensor of their own: operations beside them are repeated in the model's dtype. Layers that share keys and
-values have no attn.k, attn.v and attn.rot_k.
+divisors have no tensor of their own: operations beside them are repeated in the model's dtype.
+Layers that share keys and values have no attn.k, attn.v and attn.rot_k.
 
 torch is imported by the functions here only, and the model is as it was when they return.
 """

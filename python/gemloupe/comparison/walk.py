@@ -187,7 +187,7 @@ class Walk:
         measured = replace(
             measured,
             bound=float(bound[measured.index]),
-            output_error=_relative(theirs.value - expected, expected),
+            output_error=_relative(theirs.value, expected),
         )
         off = _worst_excess(got, ours)
         if off is not None:
@@ -458,10 +458,11 @@ def _largest(x: np.ndarray) -> float:
     return float(np.abs(x[np.isfinite(x)]).max(initial=0))
 
 
-def _relative(off: np.ndarray, size: np.ndarray) -> float | None:
-    finite = np.isfinite(off) & np.isfinite(size)
-    whole = _rms(np.where(finite, size, 0))
-    return _rms(np.where(finite, off, 0)) / whole if whole else None
+def _relative(got: np.ndarray, want: np.ndarray) -> float | None:
+    finite = np.isfinite(got) & np.isfinite(want)
+    whole = _rms(np.where(finite, want, 0))
+    off = np.where(finite, got, 0) - np.where(finite, want, 0)
+    return _rms(off) / whole if whole else None
 
 
 def _broad(x: Bounded) -> np.ndarray:
