@@ -71,7 +71,7 @@ def test_equal_models_do_not_diverge(tiny, variant, text_only):
         ("e2b", "layers.2.self_attn.k_norm.weight", one_percent, "layers.2.attn.k"),
         ("e2b", "layers.8.per_layer_projection.weight", one_element, "layers.8.per_layer.out"),
         ("e4b", "layers.2.layer_scalar", one_percent, "layers.2.resid_post"),
-        ("e4b", "layers.5.self_attn.o_proj.weight", one_element, "layers.5.attn.out"),
+        ("e4b", "layers.5.self_attn.o_proj.weight", one_element, "layers.5.attn.result"),
         ("12b", "norm.weight", one_percent, "final_norm"),
         ("26b", "layers.4.experts.down_proj", exchange_two_and_seven, "layers.4.experts.out"),
         ("26b", "layers.1.router.per_expert_scale", one_percent, "layers.1.router.weights"),
@@ -95,8 +95,9 @@ def test_a_damaged_tensor_is_located(tiny, tmp_path, variant, tensor, change, po
         assert "expert 2 holds the reference's expert 7" in first.why
     else:
         assert first.name == point
-    # Everything after it agrees with its own operation, but for the tied output matrix.
-    assert len(found) == (2 if tensor == "embed_tokens.weight" else 1)
+    # Everything else agrees with its own operation; these matrices make two points each.
+    twice = tensor.endswith(("embed_tokens.weight", "o_proj.weight"))
+    assert len(found) == (2 if twice else 1)
 
 
 def test_a_damaged_table_of_per_layer_embeddings_is_located(tiny, tmp_path):
@@ -111,7 +112,7 @@ def test_a_damaged_table_of_per_layer_embeddings_is_located(tiny, tmp_path):
 def test_two_damages_are_both_named(tiny, tmp_path):
     model, _ = tiny("31b")
     other = copy.deepcopy(model)
-    one_percent(text_model(other).layers[1].mlp.up_proj.weight)
+    one_element(text_model(other).layers[1].mlp.up_proj.weight)
     one_percent(text_model(other).layers[4].input_layernorm.weight)
     other.file_dtype = "float32"
     folder = save_tiny(other, tmp_path)
@@ -248,7 +249,7 @@ def test_rounded_rope_frequencies_of_the_reference_are_noted(tiny):
     model, folder = tiny("12b", dtype="bfloat16")
     report = gl.compare(gl.load(folder), copy.deepcopy(model).to(torch.bfloat16), IDS)
     assert any("RoPE frequencies are rounded to bfloat16" in note for note in report.notes)
-    assert report.first_divergence.name.endswith("attn.rot_q")
+    assert report.first_divergence.name.endswith(("rot_q", "rot_k"))
 
 
 def test_near_ties_of_the_router_are_reported_and_routing_is_replayed(tiny):
@@ -269,7 +270,8 @@ def test_choices_that_are_no_ties_are_told_from_those(tiny, tmp_path):
     report = gl.compare(gl.load(folder, "float32"), model, IDS)
     assert report.first_divergence.name == "layers.2.router.logits"
     wrong = [choice for choice in report.near_ties if not choice.is_tie]
-    assert wrong and {choice.layer for choice in wrong} == {2}
+    # Later layers route otherwise too: the weights of layer 2's experts are others.
+    assert len(wrong) > 10 and wrong[0].layer == 2
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -342,7 +344,7 @@ def test_a_recording_of_some_points_compares_these(tiny, tmp_path):
     model, _ = tiny("e4b")
     path = tmp_path / "reference.safetensors"
     gl.record_reference(model, IDS, path, points=["layers.*.resid_post", "logits"])
-    folder = damaged(tmp_path, "e4b", "layers.4.mlp.up_proj.weight", lambda t: t.mul_(1.5))
+    folder = damaged(tmp_path, "e4b", "layers.4.mlp.up_proj.weight", lambda t: t[:9].mul_(2))
     report = gl.compare(gl.load(folder, "float32"), path)
     assert len(report.points) == 10
     assert report.first_divergence.name == "layers.4.resid_post"
@@ -541,10 +543,10 @@ def test_the_command_line_prints_the_report_and_tells_divergence_by_its_code(
 ):
     _, good = tiny("e4b")
     bad = damaged(tmp_path, "e4b", "layers.2.layer_scalar", one_percent)
-    ids = ",".join(map(str, IDS))
-    assert cli.main(["compare", str(good), str(good), "--ids", ids]) == 0
+    ids, f32 = ",".join(map(str, IDS)), ["--dtype", "float32"]
+    assert cli.main(["compare", str(good), str(good), "--ids", ids, *f32]) == 0
     assert "none: float noise" in capsys.readouterr().out
-    assert cli.main(["compare", str(bad), str(good), "--ids", ids, "--layer", "2"]) == 1
+    assert cli.main(["compare", str(bad), str(good), "--ids", ids, "--layer", "2", *f32]) == 1
     out = capsys.readouterr().out
     assert "layers.2.resid_post at position" in out and "layers.2.attn.z" in out
     arguments = ["compare", str(good), str(good), "--gemloupe", "--ids", ids, "--dtype", "int4"]

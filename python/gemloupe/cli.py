@@ -509,14 +509,11 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from gemloupe.comparison.compare import compare, open_reference
     from gemloupe.model import load
 
-    reference: Any
     if arguments.gemloupe:
-        reference = load(arguments.reference, arguments.reference_dtype)
-        scale = "auto"
+        reference = open_reference(load(arguments.reference, arguments.reference_dtype))
     else:
         reference = open_reference(arguments.reference, arguments.reference_dtype)
-        scale = reference.embed_scale
-    model = load(arguments.model, arguments.dtype, embed_scale=scale)
+    model = load(arguments.model, arguments.dtype, embed_scale=reference.embed_scale)
     model.tokenizer.raw_text_warned = True  # The help says that it is raw.
     inputs = arguments.ids if arguments.text is None else arguments.text
     report = compare(

@@ -310,7 +310,10 @@ def _experts_hidden(c: Context) -> Bounded:
 
 
 def _experts_each(c: Context) -> Bounded:
-    hidden = _captured_or("experts.hidden", _experts_hidden)(c)
+    return _down(c, _captured_or("experts.hidden", _experts_hidden)(c))
+
+
+def _down(c: Context, hidden: Bounded) -> Bounded:
     name, size = c.full("experts.down_proj"), c.config.hidden_size
     shape = (*hidden.value.shape[:2], size)
     value, error = np.zeros(shape), np.zeros(shape)
@@ -321,7 +324,10 @@ def _experts_each(c: Context) -> Bounded:
 
 
 def _experts_out(c: Context) -> Bounded:
-    each = _captured_or("experts.each", _experts_each)(c)
+    each = _down(c, _experts_hidden(c))
+    if c.full("experts.each") in c.captured.values:
+        # What is shown of each expert is computed beside what is summed: both have roundings.
+        each = Bounded(c("experts.each").value, 2 * each.error)
     factor = c("router.weights").value[..., None]
     engine = c.captured.engine
     value = (factor * each.value).sum(axis=1)
