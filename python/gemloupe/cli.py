@@ -1,4 +1,4 @@
-"""The command line: `gemloupe generate`, `chat`, `inspect`, `convert`, `bench`, `doctor`."""
+"""The command line: `gemloupe generate`, `chat`, `inspect`, `convert`, `compare`, `bench`, …"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gemloupe.output import Output
     from gemloupe.stream import Stream
 
-COMMANDS = ("generate", "chat", "inspect", "convert", "bench", "doctor")
+COMMANDS = ("generate", "chat", "inspect", "convert", "compare", "bench", "doctor")
 _DEFAULT_MODEL = "demo:edge"
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130
@@ -71,6 +71,17 @@ examples:
 The folder holds weights as the kernels read them: it loads in no time, and its pages are shared
 between processes. --dtype auto keeps the values of a quantised checkpoint."""
 
+_COMPARE_EXAMPLES = """\
+examples:
+  gemloupe compare demo:edge demo:edge --text "What is 27 + 45?"
+  gemloupe compare ./e2b-int4 ./gemma-4-E2B-it --ids 2,818,5279,529,7001,563 --kl
+  gemloupe compare ./gemma-4-E2B-it recorded.safetensors
+
+REFERENCE is a checkpoint folder or hub id, loaded with transformers (needs gemloupe[compare]); a
+file of gl.record_reference, whose prompts are used if none is given; or with --gemloupe another
+model of gemloupe, GGUF files and packed folders included. The exit code is 1 if something diverges
+by more than float noise explains."""
+
 _BENCH_EXAMPLES = """\
 examples:
   gemloupe bench demo:edge
@@ -95,7 +106,10 @@ _CHAT_COMMANDS = ("/reset", "/system", "/exit", "/help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    """Runs one command and returns its exit code: 0, 2 after an error, 130 after Ctrl-C.
+
+    `compare` returns 1 where the models diverge.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -109,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            arguments.run(arguments)
+            code: int | None = arguments.run(arguments)
             sys.stdout.flush()
         except KeyboardInterrupt:
             print(file=sys.stderr)
@@ -123,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             print(f"gemloupe: error: {_one_line(error)}", file=sys.stderr)
             return _EXIT_ERROR
-    return 0
+    return code or 0
 
 
 def _one_line(error: Exception) -> str:
@@ -172,6 +186,7 @@ def _parser() -> _Parser:
         "--verify", action="store_true", help="read a packed checkpoint's tensors, check their CRCs"
     )
     _add_convert(commands)
+    _add_compare(commands)
     _add_bench(commands)
     _add_command(
         commands, "doctor", _run_doctor, "show what this machine can run", _DOCTOR_EXAMPLES
@@ -188,7 +203,11 @@ class _Version(argparse.Action):
 
 
 def _add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    summary: str,
+    examples: str,
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -254,6 +273,38 @@ def _add_convert(commands: Any) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace a packed checkpoint at DST")
     parser.add_argument("--threads", type=int, help="default: every CPU this process may use")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "compare",
+        _run_compare,
+        "find where a model and a reference part, and why",
+        _COMPARE_EXAMPLES,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, a GGUF file, or demo:edge")
+    parser.add_argument("reference", metavar="REFERENCE", help="what it is compared with")
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument(
+        "--text", action="append", metavar="TEXT", help="raw text; may be given several times"
+    )
+    inputs.add_argument("--ids", type=_numbers, metavar="N,…", help="token ids, taken as given")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the model: auto, float32, bfloat16, int8 or int4"
+    )
+    parser.add_argument(
+        "--reference-dtype", default="float32", help="of the reference (default: float32)"
+    )
+    parser.add_argument(
+        "--gemloupe", action="store_true", help="load the reference with gemloupe too"
+    )
+    parser.add_argument("--points", default="*", metavar="PATTERN", help="hook points to compare")
+    parser.add_argument("--layer", type=int, metavar="N", help="show the points of one layer")
+    parser.add_argument(
+        "--kl", action="store_true", help="measure the KL of each rounded tensor alone"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="draw the errors into this picture")
 
 
 def _add_bench(commands: Any) -> None:
@@ -452,6 +503,35 @@ def _run_convert(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
     )
     print(f"{folder}: {format_bytes((folder / FILE_NAME).stat().st_size)}")
+
+
+def _run_compare(arguments: argparse.Namespace) -> int:
+    from gemloupe.comparison.compare import compare, open_reference
+    from gemloupe.model import load
+
+    if arguments.gemloupe:
+        reference = open_reference(load(arguments.reference, arguments.reference_dtype))
+    else:
+        reference = open_reference(arguments.reference, arguments.reference_dtype)
+    model = load(arguments.model, arguments.dtype, embed_scale=reference.embed_scale)
+    model.tokenizer.raw_text_warned = True  # The help says that it is raw.
+    inputs = arguments.ids if arguments.text is None else arguments.text
+    report = compare(
+        model,
+        reference,
+        inputs,
+        points=arguments.points,
+        measure="kl" if arguments.kl else "output",
+    )
+    print(report)
+    print()
+    print(report.table(arguments.layer))
+    if report.contributions:
+        print()
+        print(report.contributions_table())
+    if arguments.plot:
+        report.plot().figure.savefig(arguments.plot)
+    return 1 if report.first_divergence else 0
 
 
 def _run_bench(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """A model against a reference: where they part, and whether noise explains it.
 
-`compare.py` runs both sides (`sides.py`: gemloupe, transformers through `transformers_capture.py`,
-a file of `recording.py`) and walks the hook points (`walk.py`). `operations.py` has each point as an
+`compare.py` runs both sides (`sides.py`: gemloupe, transformers through `transformers_capture.py`;
+`recording.py`: a file) and walks the hook points (`walk.py`). `operations.py` has each point as an
 operation in float64, `bounded.py` what rounding may do to it, `engines.py` how each side rounds.
 `weights_difference.py` tells rounded weights from other ones, `contributions.py` what rounding
 costs, `report.py` shows what was found.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,9 +30,9 @@ class Bounded:
     value: np.ndarray
     error: np.ndarray
 
-    def __getitem__(self, index: object) -> Bounded:
+    def __getitem__(self, index: Any) -> Bounded:
         error = np.broadcast_to(self.error, self.value.shape)
-        return Bounded(self.value[index], error[index])  # type: ignore[index]
+        return Bounded(self.value[index], error[index])
 
     def reshape(self, *shape: int) -> Bounded:
         error = np.broadcast_to(self.error, self.value.shape)
@@ -101,6 +102,11 @@ class Roundings:
         value = unit * factor
         rounding = (0.5 * sum_roundoff(size) + 5 * FLOAT32) * np.abs(value)
         return self.stored(value, inputs + rounding)
+
+    def divisor(self, x: Bounded, eps: float) -> Bounded:
+        """√(mean x² + eps), always float32: [T, D] -> [T, 1], [T, N, H] -> [T, N]."""
+        value = np.sqrt(np.mean(x.value**2, axis=-1, keepdims=x.value.ndim == 2) + eps)
+        return Bounded(value, (0.5 * sum_roundoff(x.value.shape[-1]) + 4 * FLOAT32) * value)
 
     def gelu_times(self, gate: Bounded, up: Bounded) -> Bounded:
         """gelu_tanh(gate) · up. |gelu'| < 1.13; 1 + tanh loses digits where the gate is < 0."""

@@ -21,6 +21,7 @@ from gemloupe.comparison.sides import (
     GemloupeSide,
     Side,
     TransformersSide,
+    Values,
     check_same_shape,
 )
 from gemloupe.comparison.walk import OtherChoice, Pair, PointError, Walk
@@ -93,7 +94,8 @@ def compare(
         report.contributions = contributions.with_kl(
             report.contributions, side, model_side.tensors, ids
         )
-    report.notes = (*notes, *comparison.notes, *_naming_notes(model, side))
+    own_notes = side.notes if isinstance(side, TransformersSide) else ()
+    report.notes = (*notes, *own_notes, *comparison.notes, *_naming_notes(model, side))
     return report
 
 
@@ -101,6 +103,8 @@ def open_reference(reference: Any, dtype: str = "float32") -> Side:
     """Returns the side that `compare` runs the model against."""
     from gemloupe.model import Model
 
+    if isinstance(reference, (GemloupeSide, TransformersSide, RecordedSide)):
+        return reference
     if isinstance(reference, Model):
         return GemloupeSide(reference)
     if hf.is_transformers_model(reference):
@@ -111,6 +115,11 @@ def open_reference(reference: Any, dtype: str = "float32") -> Side:
             "checkpoint folder, a gemloupe model, or a file of gl.record_reference"
         )
     path = Path(reference)
+    if path.suffix == ".gguf":
+        raise ValueError(
+            f"{path} is a GGUF file, which transformers can't run as it is; pass gl.load({path!r}) "
+            "(on the command line: --gemloupe)"
+        )
     if path.suffix == ".safetensors" or path.is_file():
         return RecordedSide(path)
     return TransformersSide(_load_transformers(reference, dtype))
@@ -131,8 +140,8 @@ def _load_transformers(source: str | os.PathLike[str], dtype: str) -> Any:
     config = read_folder_config(folder)
     if is_packed(folder):
         raise ValueError(
-            f"{folder} is a packed checkpoint, which transformers can't read; pass "
-            "gl.load(...) of it, or the checkpoint that it was made from"
+            f"{folder} is a packed checkpoint, which transformers can't read; pass gl.load(...) of "
+            "it (on the command line: --gemloupe), or the checkpoint that it was made from"
         )
     text_only = config.model_type.endswith("_text") or config.architecture.endswith("ForCausalLM")
     auto = "AutoModelForCausalLM" if text_only else "AutoModelForImageTextToText"
@@ -209,21 +218,26 @@ class _Comparison:
         self.notes: list[str] = []
 
     def add(self, number: int, ids: Sequence[int]) -> None:
-        """Runs both sides over one prompt."""
-        plain = ["logits"]
+        """Runs both sides over one prompt; of a model with experts first as they route."""
+        plain = []
         for layer in range(self._config.num_hidden_layers):
             if self._config.layers[layer].has_experts:
                 plain += [f"layers.{layer}.router.{n}" for n in ("experts", "probs")]
-        pair = self._pair(number, ids, plain)
-        self._add_logits(pair)
-        choices = [
-            choice
-            for name in plain
-            if name.endswith("router.experts") and name in pair.reference.values
-            for choice in walk.other_choices(pair, int(name.split(".")[1]))
-        ]
-        self._choices += choices
-        forced, experts, flips = self._forced(pair, choices)
+        apart = bool(plain) or "logits" not in self._names
+        if apart:
+            plain.append("logits")
+        forced: str = ""
+        experts: Experts | None = None
+        flips: dict[int, int] = {}
+        if apart:
+            pair = self._pair(number, ids, plain)
+            self._add_logits(pair)
+            choices = _all_choices(pair, plain)
+            forced, experts, flips = self._forced(pair, choices)
+            if forced:
+                # With the same path before it, a choice that still differs is no consequence.
+                choices = _all_choices(self._pair(number, ids, plain, forced, experts), plain)
+            self._choices += choices
         for names in _groups(self._names, self._config, len(ids)):
             read = [*names, *_inputs_of(names, self._config)]
             pair = self._pair(number, ids, read, forced, experts)
@@ -231,6 +245,8 @@ class _Comparison:
             for point in self.walk.points(pair, names):
                 before = self._points.get(point.name)
                 self._points[point.name] = walk.merge(before, point) if before else point
+            if not apart and "logits" in names:
+                self._add_logits(pair)
             self._missing |= set(names) - set(pair.reference.values)
 
     def _forced(
@@ -281,17 +297,16 @@ class _Comparison:
         # The float32 run takes the same experts: rounding is compared, not routing.
         same = theirs or {int(n.split(".")[1]): reference[n] for n in has_experts}
         return Pair(
-            Captured(
-                self._model_side.values(ids, names, ours),
-                array,
-                self._model_side.engine,
-                self._model_side.embed_scale,
-            ),
-            Captured(reference, array, self._side.engine, self._side.embed_scale),
+            self._captured(self._model_side, self._model_side.values(ids, names, ours), array),
+            self._captured(self._side, reference, array),
             self._side.float32_values(ids, names, same),
             number,
             forced=forced,
         )
+
+    @staticmethod
+    def _captured(side: Side, values: Values, ids: np.ndarray) -> Captured:
+        return Captured(values, ids, side.engine, side.embed_scale)
 
     def _add_logits(self, pair: Pair) -> None:
         got, expected = (s.values.get("logits") for s in (pair.model, pair.reference))
@@ -299,8 +314,9 @@ class _Comparison:
             return
         self._kl.append(contributions.kl(expected, got))
         self._top1.append(got.argmax(axis=-1) == expected.argmax(axis=-1))
-        if pair.baseline is not None and "logits" in pair.baseline:
-            self._own_kl.append(contributions.kl(expected, pair.baseline["logits"]))
+        own = self._side.float32_logits(pair.model.ids.tolist())
+        if own is not None:
+            self._own_kl.append(contributions.kl(expected, own))
 
     def report(self, prompts: Sequence[Prompt]) -> Report:
         positions = [(n, t) for n, prompt in enumerate(prompts) for t in range(len(prompt))]
@@ -317,6 +333,15 @@ class _Comparison:
             near_ties=self._choices,
             not_compared=tuple(n for n in self._names if n in self._missing),
         )
+
+
+def _all_choices(pair: Pair, names: Sequence[str]) -> list[OtherChoice]:
+    return [
+        choice
+        for name in names
+        if name.endswith("router.experts") and name in pair.reference.values
+        for choice in walk.other_choices(pair, int(name.split(".")[1]))
+    ]
 
 
 def _other(side: str) -> str:
@@ -368,22 +393,22 @@ def _elements(point: hooks.HookPoint, config: Any, tokens: int) -> int:
     return count
 
 
+# Large, and computed from others where they are not captured.
+_HEAVY = ("scores", "pattern", "attn.result", "experts.hidden", "experts.each")
+
+
 def _inputs_of(names: Sequence[str], config: Any) -> list[str]:
-    """Points of other layers that the operations of `names` read."""
-    layers = sorted({int(n.split(".")[1]) for n in names if n.startswith("layers.")})
-    wanted: list[str] = []
-    for layer in layers:
+    """Points that the operations of `names` read, in their own layers and in others."""
+    points = hooks.hook_points(config)
+    layers = {points[name].layer for name in names}
+    wanted = [n for n, p in points.items() if p.layer in layers and not n.endswith(_HEAVY)]
+    for layer in layers - {-1}:
         wanted.append("embed" if layer == 0 else f"layers.{layer - 1}.resid_post")
         source = config.layers[layer].kv_source
         wanted += [f"layers.{source}.attn.rot_k", f"layers.{source}.attn.v"]
         if config.hidden_size_per_layer_input:
             wanted.append("per_layer_inputs")
-    if any(name.startswith(("final_norm", "logits")) for name in names):
+    if -1 in layers:
         wanted.append(f"layers.{config.num_hidden_layers - 1}.resid_post")
-    if any(name.startswith("per_layer_inputs") for name in names):
-        wanted.append("embed")
-    if any(name == "logits_raw" for name in names):
-        wanted.append("final_norm")
-    if any(name == "logits" for name in names):
-        wanted.append("logits_raw")
-    return [name for name in dict.fromkeys(wanted) if name not in names]
+    asked = set(names)
+    return [name for name in dict.fromkeys(wanted) if name not in asked]

@@ -10,6 +10,8 @@ from gemloupe.comparison.bounded import ROUNDOFF, Bounded, Roundings
 
 PLAIN = ("float32", "float16", "bfloat16")
 _ACTIVATION_GROUP = 32
+# Below 2^-14 float16 is spaced evenly, by 2^-24.
+_HALF_SUBNORMAL = 2.0**-25
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Engine:
             return x
         if self.kv_dtype == "int8":
             return Bounded(x.value, x.error + _int8_step(x.value, x.value.shape[-1]))
-        return Bounded(x.value, x.error + ROUNDOFF[self.kv_dtype] * np.abs(x.value))
+        error = x.error + ROUNDOFF[self.kv_dtype] * np.abs(x.value)
+        return Bounded(x.value, error + (_HALF_SUBNORMAL if self.kv_dtype == "float16" else 0.0))
 
 
 def _int8_step(x: np.ndarray, group: int) -> np.ndarray:

@@ -119,7 +119,7 @@ def _gelu_times(gate: str, up: str) -> Operation:
     )
 
 
-def _scale(dtype: str, size: int) -> float:
+def embed_scale(dtype: str, size: int) -> float:
     """√size as an embedding's weights in `dtype` hold it."""
     root = np.float32(size**0.5)
     if dtype == "bfloat16":
@@ -131,12 +131,9 @@ def _scale(dtype: str, size: int) -> float:
     return float(np.float16(root) if dtype == "float16" else root)
 
 
-embed_scale = _scale
-
-
 def _embed(c: Context) -> Bounded:
     rows = weights.gather(c.tensors, "embed_tokens.weight", c.captured.ids)
-    factor = _scale(c.captured.embed_scale, c.config.hidden_size)
+    factor = embed_scale(c.captured.embed_scale, c.config.hidden_size)
     return c.captured.engine.roundings.scale(exact(rows), factor)
 
 
@@ -144,14 +141,18 @@ def _token_part(c: Context) -> Bounded:
     rows = weights.gather(c.tensors, "embed_tokens_per_layer.weight", c.captured.ids)
     size = c.config.hidden_size_per_layer_input
     rows = rows.reshape(len(rows), c.config.num_hidden_layers, size)
-    return c.captured.engine.roundings.scale(exact(rows), _scale(c.captured.embed_scale, size))
+    return c.captured.engine.roundings.scale(exact(rows), embed_scale(c.captured.embed_scale, size))
 
 
-def _context_part(c: Context) -> Bounded:
+def _projected_context(c: Context) -> Bounded:
     flat = c.product(c.at("embed"), "per_layer_model_projection.weight")
     shape = (len(flat.value), c.config.num_hidden_layers, c.config.hidden_size_per_layer_input)
     scaled = c.captured.engine.roundings.scale(flat, c.config.hidden_size**-0.5, times=2)
-    return c.norm(scaled.reshape(*shape), "per_layer_projection_norm.weight")
+    return scaled.reshape(*shape)
+
+
+def _context_part(c: Context) -> Bounded:
+    return c.norm(_projected_context(c), "per_layer_projection_norm.weight")
 
 
 def _per_layer_inputs(c: Context) -> Bounded:
@@ -309,7 +310,10 @@ def _experts_hidden(c: Context) -> Bounded:
 
 
 def _experts_each(c: Context) -> Bounded:
-    hidden = _captured_or("experts.hidden", _experts_hidden)(c)
+    return _down(c, _captured_or("experts.hidden", _experts_hidden)(c))
+
+
+def _down(c: Context, hidden: Bounded) -> Bounded:
     name, size = c.full("experts.down_proj"), c.config.hidden_size
     shape = (*hidden.value.shape[:2], size)
     value, error = np.zeros(shape), np.zeros(shape)
@@ -320,7 +324,10 @@ def _experts_each(c: Context) -> Bounded:
 
 
 def _experts_out(c: Context) -> Bounded:
-    each = _captured_or("experts.each", _experts_each)(c)
+    each = _down(c, _experts_hidden(c))
+    if c.full("experts.each") in c.captured.values:
+        # What is shown of each expert is computed beside what is summed: both have roundings.
+        each = Bounded(c("experts.each").value, 2 * each.error)
     factor = c("router.weights").value[..., None]
     engine = c.captured.engine
     value = (factor * each.value).sum(axis=1)
@@ -437,6 +444,51 @@ OUTSIDE: dict[str, Operation] = {
         "final_norm",
     ),
     "logits": Operation(_logits, (), "logits_raw"),
+}
+
+
+# Norms and what they read; each has its divisor at "….scale".
+NORMED = {
+    "attn.norm": "resid_pre",
+    "attn.q": "attn.q_proj",
+    "attn.k": "attn.k_proj",
+    "attn.v": "attn.v_proj",
+    "attn.post": "attn.out",
+    "mlp.norm": "resid_mid",
+    "mlp.post": "mlp.out",
+    "router.norm": "resid_mid",
+    "experts.norm": "resid_mid",
+    "experts.post": "experts.out",
+    "ffn.post": "ffn.out",
+    "per_layer.post": "per_layer.out",
+}
+
+
+def _divisor(source: str) -> Operation:
+    def compute(c: Context) -> Bounded:
+        return c.captured.engine.roundings.divisor(c(source), c.config.rms_norm_eps)
+
+    return Operation(compute, (), source)
+
+
+def _last_divisor(c: Context) -> Bounded:
+    last = c.at(f"layers.{c.config.num_hidden_layers - 1}.resid_post")
+    return c.captured.engine.roundings.divisor(last, c.config.rms_norm_eps)
+
+
+def _context_divisor(c: Context) -> Bounded:
+    projected = _projected_context(c)
+    exact_part = c.captured.engine.roundings.divisor(projected, c.config.rms_norm_eps)
+    off = np.broadcast_to(projected.error, projected.value.shape)
+    return Bounded(exact_part.value, exact_part.error + np.sqrt(np.mean(off**2, axis=-1)))
+
+
+IN_LAYER |= {f"{norm}.scale": _divisor(source) for norm, source in NORMED.items()}
+OUTSIDE |= {
+    "final_norm.scale": Operation(_last_divisor, (), "the last layer's resid_post"),
+    "per_layer_inputs.context.scale": Operation(
+        _context_divisor, ("per_layer_model_projection.weight",), "embed"
+    ),
 }
 
 

@@ -3,7 +3,8 @@
 A safetensors file. `__metadata__["gemloupe.reference"]` is a JSON object: version, label (what ran
 in which dtype), dtype, embed_scale, shape (sizes of the model), prompts (a list of ids each).
 Tensors are "{prompt}/{hook point}" in the dtype in which they were computed and, for a reference
-that is not float32, "{prompt}/float32/{hook point}": the same weights computed in float32.
+that is not float32, "{prompt}/float32/{hook point}": the same weights computed in float32, with the
+same experts ("{prompt}/float32-routed/logits": with float32's own).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from gemloupe.errors import format_bytes, one_of, quoted
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.safetensors_header import TensorInfo
 
+# float32 with the experts that float32 chooses.
+_FREE = "float32-routed/"
 _KEY = "gemloupe.reference"
 _VERSION = 1
 _MAX_TOKENS = 1 << 24
@@ -82,6 +85,9 @@ def record_reference(
             if not kept:
                 raise KeyError(f"points {quoted(points)} match no hook point of this model")
             tensors |= {f"{number}/{prefix}{name}": tensor for name, tensor in kept.items()}
+        if experts and len(runs) > 1 and f"{number}/logits" in tensors:
+            free = hf.record(hf_model, ids, ["logits"], float32=True)
+            tensors[f"{number}/{_FREE}logits"] = free["logits"]
     metadata = {
         "version": _VERSION,
         "label": side.engine.label,
@@ -170,6 +176,10 @@ class RecordedSide:
         if self.engine.dtype in ("float32", "float64"):
             return None
         return self._read(ids, names, "float32/")
+
+    def float32_logits(self, ids: Sequence[int]) -> np.ndarray | None:
+        prefix = _FREE if self.shape["num_experts"] else "float32/"
+        return self._read(ids, ["logits"], prefix).get("logits")
 
     def _read(self, ids: Sequence[int], names: Collection[str], prefix: str) -> Values:
         number = self._number(ids)

@@ -262,14 +262,17 @@ class Report:
     def _no_divergence(self) -> str:
         grown = [point for point in self.points if point.verdict == AMPLIFIED]
         rounded = [point for point in self.points if point.verdict == ROUNDING]
-        if grown:
-            worst = max(grown, key=lambda p: p.relative)
+        worst = max(grown + rounded, key=lambda p: p.relative, default=None)
+        if rounded and worst:
+            return (
+                "none but the rounding of the weights, whose effect has grown to "
+                f"{worst.relative:.2g} at {worst.name}"
+            )
+        if worst:
             return (
                 f"none; each operation agrees with its own float64 on both sides, and noise that "
                 f"came in has grown to {worst.relative:.2g} at {worst.name}"
             )
-        if rounded:
-            return "none but the rounding of the weights"
         return f"none: {MEANING['noise']}"
 
     def __repr__(self) -> str:

@@ -58,6 +58,9 @@ class Side(Protocol):
     ) -> Values | None:
         """The same weights computed in float32; None where this side did so already."""
 
+    def float32_logits(self, ids: Sequence[int]) -> np.ndarray | None:
+        """Logits [T, V] of `float32_values`, each token with the experts that float32 chooses."""
+
 
 class GemloupeSide:
     """A gemloupe model."""
@@ -99,6 +102,9 @@ class GemloupeSide:
     ) -> None:
         return None
 
+    def float32_logits(self, ids: Sequence[int]) -> None:
+        return None
+
 
 def _has_bfloat16_products() -> bool:
     return any(part in _core.isa() for part in ("bf16", "amx"))
@@ -135,6 +141,12 @@ class TransformersSide:
         self._state = hf.text_state(model)
         self.tensors: Tensors = TorchTensors(self._state)
         self._aligned: str | None = None
+        self.notes: list[str] = []
+        if rounded := hf.rounded_frequencies(model):
+            self.notes.append(
+                f"the reference's RoPE frequencies are rounded to {rounded}, as model.to(dtype) "
+                "does; transformers' from_pretrained(dtype=…) keeps them in float32"
+            )
 
     @property
     def can_force_experts(self) -> bool:
@@ -157,6 +169,10 @@ class TransformersSide:
             return None
         return self._record(ids, names, experts, float32=True)
 
+    def float32_logits(self, ids: Sequence[int]) -> np.ndarray | None:
+        values = self.float32_values(ids, ["logits"])
+        return None if values is None else values["logits"]
+
     def _record(
         self, ids: Sequence[int], names: Collection[str], experts: Experts | None, float32: bool
     ) -> Values:
@@ -176,7 +192,7 @@ class TransformersSide:
         torch = hf.import_torch("a transformers reference")
         parameter = self._state[name]
         kept = parameter.data
-        other = torch.from_numpy(np.ascontiguousarray(rows)).reshape(kept.shape)
+        other = torch.from_numpy(np.array(rows, np.float32)).reshape(kept.shape)
         try:
             parameter.data = other.to(kept.dtype).to(kept.device)
             yield

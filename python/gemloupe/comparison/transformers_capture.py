@@ -1,13 +1,12 @@
 """Records every hook point of a transformers Gemma 4 model: forward hooks, nothing permanent.
 
-| hook point | in transformers |
-| --- | --- |
-| final_norm | `hidden_states[-1]`, which is not the last layer's output (that is resid_post) |
-| router.probs | what `output_router_logits=True` returns; router.logits is inside, before softmax |
-| per_layer_inputs.token | the argument `per_layer_inputs`; layers read the sum with the context part |
-| attn.k, attn.v, attn.rot_k | none in layers that share keys and values: they read another layer's |
-| resid_unscaled, router.weights_norm, attn.result, experts.hidden, experts.each | have no tensor of \
-their own: computed from those beside them by the same operations in the model's dtype |
+Names that mislead in transformers, and what they are here:
+  hidden_states[-1]   final_norm; the last layer's output is its resid_post
+  router_logits       router.probs; router.logits is inside the router, before softmax
+  per_layer_inputs    (argument) per_layer_inputs.token; layers read its sum with the context part
+  resid_unscaled, router.weights_norm, attn.result, experts.hidden, experts.each and the norms'
+divisors have no tensor of their own: operations beside them are repeated in the model's dtype.
+Layers that share keys and values have no attn.k, attn.v and attn.rot_k.
 
 torch is imported by the functions here only, and the model is as it was when they return.
 """
@@ -97,6 +96,19 @@ def describe(model: Any) -> str:
     return f"transformers {transformers.__version__} {name}, {dtype_of(model)}, {attention}"
 
 
+def rounded_frequencies(model: Any) -> str:
+    """The dtype of RoPE's inverse frequencies where it is not float32, else "".
+
+    model.to(torch.bfloat16) rounds these buffers; from_pretrained(dtype=torch.bfloat16) does not.
+    """
+    rotary = getattr(decoder_of(model), "rotary_emb", None)
+    for name, buffer in rotary.named_buffers() if rotary is not None else ():
+        dtype = str(buffer.dtype).removeprefix("torch.")
+        if name.endswith("inv_freq") and dtype not in ("float32", "float64"):
+            return dtype
+    return ""
+
+
 def record(
     model: Any,
     ids: Sequence[int],
@@ -156,6 +168,13 @@ class _Recorder:
             # A copy: layers multiply their output in place.
             self._values[name] = tensor.detach().to("cpu", copy=True).contiguous()
 
+    def keep_divisor(self, name: str, module: Any, x: Any) -> None:
+        """√(mean x² + eps) of a norm's input [..., D]; its rows keep one column, heads none."""
+        if self.wants(name):
+            wide = x.detach().float()
+            mean = wide.pow(2).mean(-1, keepdim=wide.dim() == 2)
+            self.keep(name, (mean + module.eps).sqrt())
+
     def finish(self) -> dict[str, Any]:
         return self._values
 
@@ -176,7 +195,17 @@ class _Recorder:
             shape = (len(decoder.layers), per_layer)
             on_output(decoder.embed_tokens_per_layer, "per_layer_inputs.token", shape)
             on_output(decoder.per_layer_projection_norm, "per_layer_inputs.context", shape)
+            handles.append(
+                decoder.per_layer_projection_norm.register_forward_pre_hook(
+                    lambda m, i: self.keep_divisor("per_layer_inputs.context.scale", m, i[0][0])
+                )
+            )
         on_output(decoder.norm, "final_norm")
+        handles.append(
+            decoder.norm.register_forward_pre_hook(
+                lambda m, i: self.keep_divisor("final_norm.scale", m, i[0][0])
+            )
+        )
         on_output(base.lm_head, "logits_raw")
         for index, layer in enumerate(decoder.layers):
             handles += _LayerHooks(self, index, layer).attach()
@@ -247,6 +276,11 @@ class _LayerHooks:
         hooks = [layer.register_forward_pre_hook(self._on_input, with_kwargs=True)]
         out = self._output
         hooks += [
+            self._divisor(module, f"{name}.scale")
+            for module, name in self._norms()
+            if module is not None
+        ]
+        hooks += [
             out(layer.input_layernorm, "attn.norm"),
             out(attention.q_proj, "attn.q_proj", head),
             out(attention.q_norm, "attn.q"),
@@ -290,6 +324,32 @@ class _LayerHooks:
             ]
         hooks.append(layer.register_forward_hook(self._on_output))
         return hooks
+
+    def _norms(self) -> list[tuple[Any, str]]:
+        layer = self._layer
+        attention, router = layer.self_attn, getattr(layer, "router", None)
+        return [
+            (layer.input_layernorm, "attn.norm"),
+            (attention.q_norm, "attn.q"),
+            (getattr(attention, "k_norm", None), "attn.k"),
+            (getattr(attention, "v_norm", None), "attn.v"),
+            (layer.post_attention_layernorm, "attn.post"),
+            (layer.pre_feedforward_layernorm, "mlp.norm"),
+            (getattr(layer, "post_feedforward_layernorm_1", None), "mlp.post"),
+            (getattr(router, "norm", None), "router.norm"),
+            (getattr(layer, "pre_feedforward_layernorm_2", None), "experts.norm"),
+            (getattr(layer, "post_feedforward_layernorm_2", None), "experts.post"),
+            (layer.post_feedforward_layernorm, "ffn.post"),
+            (getattr(layer, "post_per_layer_input_norm", None), "per_layer.post"),
+        ]
+
+    def _divisor(self, module: Any, name: str) -> Any:
+        full = self._prefix + name
+
+        def hook(norm: Any, inputs: Any) -> None:
+            self._recorder.keep_divisor(full, norm, _rows(inputs[0], 0))
+
+        return module.register_forward_pre_hook(hook)
 
     def _keep(self, name: str, tensor: Any) -> None:
         self._recorder.keep(self._prefix + name, tensor)
@@ -458,7 +518,7 @@ def _forced(torch: Any, decoder: Any, experts: Mapping[int, Any]) -> Iterator[No
     def force(index: int) -> Any:
         def hook(module: Any, _inputs: Any, output: Any) -> Any:
             probs = output[0]
-            chosen = torch.as_tensor(experts[index], device=probs.device, dtype=torch.int64)
+            chosen = torch.tensor(experts[index].tolist(), device=probs.device)
             weights = probs.gather(-1, chosen)
             weights = weights / weights.sum(dim=-1, keepdim=True)
             return probs, weights * module.per_expert_scale[chosen], chosen

@@ -20,6 +20,7 @@ from gemloupe.comparison.operations import (
     Captured,
     Context,
     NotCaptured,
+    embed_scale,
     operation_of,
     split_name,
     tensors_of,
@@ -86,7 +87,7 @@ class PointError:
     ratio: float | None = None
     """rms / own: above 1.5 is more than two roundings explain."""
     output_error: float | None = None
-    """Norm of (the model's weights on the reference's inputs - the reference's output), relative."""
+    """|the model's weights on the reference's inputs - the reference's output|, relative norm."""
     elements: int = 0
 
     @property
@@ -116,7 +117,7 @@ class Pair:
     @staticmethod
     def _is_after(flip: int, layer: int, point: str) -> bool:
         if layer < 0:
-            return point in ("final_norm", "logits_raw", "logits")
+            return point.startswith(("final_norm", "logits"))
         late = ("experts.", "ffn.", "resid_ffn", "resid_unscaled", "resid_post", "router.weights")
         return flip < layer or (flip == layer and point.startswith(late))
 
@@ -129,6 +130,10 @@ class Walk:
         self._model = model
         self._reference = reference
         self._differences: dict[str, WeightsDifference] = {}
+        # A quantised model is off by more than its reference's rounding: ratios say nothing.
+        names = [t for layer in range(config.num_hidden_layers) for t in _products(layer)]
+        names.append("embed_tokens.weight")
+        self._quantised = any(model.dtype(t) not in PLAIN for t in names)
 
     def points(self, pair: Pair, names: Sequence[str]) -> Iterator[PointError]:
         """Yields each point that both sides have, in the order of `names`."""
@@ -147,7 +152,7 @@ class Walk:
         size = np.where(np.isfinite(expected), np.abs(expected), 0)
         if (difference <= unit * size).all():
             return measured
-        if measured.ratio is not None and not self._rounded(name):
+        if measured.ratio is not None and not self._quantised:
             if measured.ratio <= RATIO:
                 return replace(measured, verdict=NOISE)
             return self._over_ratio(pair, measured)
@@ -182,7 +187,7 @@ class Walk:
         measured = replace(
             measured,
             bound=float(bound[measured.index]),
-            output_error=_relative(theirs.value - expected, expected),
+            output_error=_relative(theirs.value, expected),
         )
         off = _worst_excess(got, ours)
         if off is not None:
@@ -191,6 +196,16 @@ class Walk:
         if off is not None:
             found = self._own_fault(pair, measured, off, bound, "reference", theirs)
             return self._weights(pair, found)
+        scales = (pair.model.embed_scale, pair.reference.embed_scale)
+        if name in ("embed", "per_layer_inputs.token") and scales[0] != scales[1]:
+            size = self._config.hidden_size
+            got_scale, expected_scale = (embed_scale(dtype, size) for dtype in scales)
+            why = (
+                f"the embedding is multiplied with √hidden_size, rounded to {scales[0]} in the "
+                f"model ({got_scale:.7g}) and to {scales[1]} in the reference "
+                f"({expected_scale:.7g})"
+            )
+            return replace(measured, verdict=DIVERGES, why=why)
         small = measured.error <= TOLERANCE * max(1.0, _largest(expected))
         return replace(measured, verdict=NOISE if small else AMPLIFIED)
 
@@ -213,7 +228,8 @@ class Walk:
         weights = "its own weights" if side == "model" else "the model's weights"
         why = (
             f"the {side}'s value {value:.7g} is {abs(value - computed):.3g} off the operation in "
-            f"float64 from {source} with {weights} ({computed:.7g}); rounding explains {allowed:.2g}"
+            f"float64 from {source} with {weights} ({computed:.7g}); rounding explains "
+            f"{allowed:.2g}"
         )
         return replace(
             _at(measured, pair, index),
@@ -288,9 +304,9 @@ class Walk:
 
     def _experts(self, pair: Pair, name: str) -> PointError:
         """Chosen experts: either side must have taken its own most probable ones."""
-        got, expected = pair.model.values[name], pair.reference.values[name]
+        choices = other_choices(pair, split_name(name)[0])
         measured = _measure(pair, name)
-        if np.array_equal(got, expected):
+        if not choices:
             return measured
         probs_name = name.replace("experts", "probs")
         for side, captured in (("model", pair.model), ("reference", pair.reference)):
@@ -307,7 +323,6 @@ class Walk:
                     why=f"the {side} chose experts {chosen}, which are not those of its highest "
                     "probabilities",
                 )
-        choices = other_choices(pair, measured.layer)
         first = max(choices, key=lambda choice: choice.gap)
         verdict = TIE if all(choice.is_tie for choice in choices) else AMPLIFIED
         found = _at(measured, pair, (first.position, 0))
@@ -342,9 +357,13 @@ class OtherChoice:
 
 
 def other_choices(pair: Pair, layer: int) -> list[OtherChoice]:
-    """The tokens whose experts differ in one layer, order included."""
+    """The tokens whose experts differ in one layer, order included.
+
+    Of a side that was forced to the other's experts, those count that it would have chosen.
+    """
     name = f"layers.{layer}.router.experts"
-    got, expected = pair.model.values[name], pair.reference.values[name]
+    got = _own_choice(pair.model, name, pair.forced == "model")
+    expected = _own_choice(pair.reference, name, pair.forced == "reference")
     probs = pair.reference.values.get(name.replace("experts", "probs"))
     own = (pair.baseline or {}).get(name.replace("experts", "probs"))
     choices = []
@@ -368,6 +387,14 @@ def other_choices(pair: Pair, layer: int) -> list[OtherChoice]:
             )
         )
     return choices
+
+
+def _own_choice(captured: Captured, name: str, forced: bool) -> np.ndarray:
+    chosen = captured.values[name]
+    probs = captured.values.get(name.replace("experts", "probs"))
+    if not forced or probs is None:
+        return chosen
+    return np.argsort(-probs, axis=-1, kind="stable")[:, : chosen.shape[-1]]
 
 
 def _not_its_own(probs: np.ndarray, chosen: np.ndarray) -> int | None:
@@ -431,10 +458,11 @@ def _largest(x: np.ndarray) -> float:
     return float(np.abs(x[np.isfinite(x)]).max(initial=0))
 
 
-def _relative(off: np.ndarray, size: np.ndarray) -> float | None:
-    finite = np.isfinite(off) & np.isfinite(size)
-    whole = _rms(np.where(finite, size, 0))
-    return _rms(np.where(finite, off, 0)) / whole if whole else None
+def _relative(got: np.ndarray, want: np.ndarray) -> float | None:
+    finite = np.isfinite(got) & np.isfinite(want)
+    whole = _rms(np.where(finite, want, 0))
+    off = np.where(finite, got, 0) - np.where(finite, want, 0)
+    return _rms(off) / whole if whole else None
 
 
 def _broad(x: Bounded) -> np.ndarray:
@@ -476,6 +504,11 @@ def _without_inputs(measured: PointError, missing: str) -> PointError:
         why=f"{missing} was not captured on both sides, so this or an operation before it; the "
         f"allowance is {TOLERANCE} of the largest value",
     )
+
+
+def _products(layer: int) -> list[str]:
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    return [f"layers.{layer}.{name}.weight" for name in names]
 
 
 def merge(first: PointError, second: PointError) -> PointError:
