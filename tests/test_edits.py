@@ -159,8 +159,10 @@ def test_a_frozen_norm_divides_by_what_was_set(model):
 def test_steering_acts_on_the_prompt_and_on_every_generated_token(model):
     ids = random_ids(14)
     edit = {"layers.1.resid_post": gl.edits.add(direction(model))}
-    out = model.generate(ids, max_new_tokens=5, temperature=0, edit=edit)
-    assert out.ids.tolist() != model.generate(ids, max_new_tokens=5, temperature=0).ids.tolist()
+    arguments = {"max_new_tokens": 5, "temperature": 0, "logprobs": 1}
+    out = model.generate(ids, edit=edit, **arguments)
+    plain = model.generate(ids, **arguments)
+    assert all(a != b for a, b in zip(out.logprobs, plain.logprobs, strict=True))
     whole = model.run([*ids, *out.ids.tolist()], logits="all", edit=edit).logits
     assert whole[len(ids) - 1 : -1].argmax(1).tolist() == out.ids.tolist()
 
@@ -232,7 +234,8 @@ def test_positions_choose_rows_and_follow_the_answer(e2b):
         capture = {name: gl.at(positions)}
         out = e2b.generate(ids, max_new_tokens=4, temperature=0, capture=capture)
         assert out.captured.positions_of(name).tolist() == want
-        np.testing.assert_array_equal(out.captured[name], everything[name][want])
+        # Fewer rows take other kernels, whose sums round otherwise.
+        np.testing.assert_allclose(out.captured[name], everything[name][want], atol=1e-4)
 
 
 def test_reductions_keep_means_norms_and_the_last_row(e2b):
@@ -394,7 +397,15 @@ def test_a_repeated_run_equals_a_whole_one(tiny):
                 np.testing.assert_allclose(again.logits, whole.logits, atol=2e-5)
                 np.testing.assert_allclose(again[capture], whole[capture], atol=1e-4)
                 assert again.cache.length == whole.cache.length
-        np.testing.assert_array_equal(model.run(base).logits, base.logits)
+        np.testing.assert_allclose(model.run(base).logits, base.logits, atol=2e-5)
+
+
+def test_a_repeated_run_of_an_invariant_model_has_the_same_bits(tiny):
+    model = gl.load(tiny("12b")[1], dtype="float32", invariant=True)
+    base = model.run(random_ids(29), keep=True)
+    edit = {"layers.5.mlp.out": gl.edits.add(2.0, positions=13)}
+    whole = model.run(random_ids(29), edit=edit)
+    np.testing.assert_array_equal(model.run(base, edit=edit).logits, whole.logits)
 
 
 def test_a_run_that_kept_nothing_can_not_be_repeated(e2b):

@@ -42,9 +42,8 @@ ATTENTION = ("rot_q", "keys", "values", "scores", "pattern")
 
 @contextlib.contextmanager
 def _at_module(model: nn.Module, point: HookPoint, config: Any, change: Change) -> Iterator[None]:
-    path, _, part = point.transformers.partition(".input")
     is_input = point.transformers.endswith(".input")
-    path, _, index = path.partition(".output.")
+    path, _, index = point.transformers.removesuffix(".input").partition(".output.")
     module: Any = model if path == "lm_head" else text_model(model)
     for name in path.split("."):
         module = getattr(module, name)
