@@ -46,9 +46,9 @@ struct PassRequest {
   // the caches hold what earlier layers stored.
   int first_layer = 0;
   ConstMatrix resid_pre;
-  bool row_exact = false;            // decode: a row's bits do not depend on its neighbours
-  std::optional<float> softcap;      // instead of the config's; 0 for none
-  std::function<bool()> stopped;     // asked once a layer; true ends the pass with Cancelled
+  bool row_exact = false;         // decode: a row's bits do not depend on its neighbours
+  std::optional<float> softcap;   // instead of the config's; 0 for none
+  std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled
 };
 
 // The text decoder of every Gemma 4.

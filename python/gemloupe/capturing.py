@@ -140,7 +140,8 @@ def parse(options: Options, edit: Any, config: TextConfig) -> Request:
 
     ValueError and KeyError for what is not understood, naming it.
     """
-    wanted, lacking = ([], [])
+    wanted: list[Wanted] = []
+    lacking: list[str] = []
     if _given(options.capture):
         wanted, lacking = parse_capture(options.capture, config)
     changes, lacking_edits = parse_edit(edit, config)
@@ -218,9 +219,9 @@ class BoundHooks:
         trace = None
         if traced:
             held = positions[next(iter(traced))]
-            values = {name.removeprefix(_TRACE): array for name, array in traced.items()}
+            points = {name.removeprefix(_TRACE): array for name, array in traced.items()}
             trace = routing.make_trace(
-                self.request.routing, values, ids, held, tokens, self._config
+                self.request.routing, points, ids, held, tokens, self._config
             )
         kept = {name: array for name, array in arrays.items() if name not in traced}
         return Captured(kept, positions, self._config), trace
@@ -237,7 +238,7 @@ def _by_passes(
     config: TextConfig,
     joined: bool,
 ) -> Any:
-    arrays = []
+    arrays: list[np.ndarray[Any, Any]] = []
     begin = 0
     cached = point.shape.startswith("[S")
     tail = hooks.point_shape(point, config)
@@ -256,10 +257,10 @@ def _by_passes(
     if cached or len(arrays) == 1:
         return arrays[-1]
     # Keys that an earlier pass did not have yet are keys that its rows do not see.
-    length = arrays[-1].shape[2]
+    length = arrays[-1].shape[-1]
     nothing = -np.inf if point.name.endswith("scores") else 0.0
     padded = [
-        np.pad(a, ((0, 0), (0, 0), (0, length - a.shape[2])), constant_values=nothing)
+        np.pad(a, ((0, 0), (0, 0), (0, length - a.shape[-1])), constant_values=nothing)
         for a in arrays
     ]
     array = np.concatenate(padded, axis=1)
