@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from text_speed import busy_cpus
-from workers import Worker, cell, markdown, progress, random_ids
+from workers import Worker, cell, markdown, progress, random_ids, undisturbed
 
 from gemloupe import _core, bench
 from gemloupe.checkpoint import open_checkpoint
@@ -38,6 +37,7 @@ class Line:
     env: dict[str, str] = field(default_factory=dict)
     prefill: list[float] = field(default_factory=list)  # tokens a second
     decode: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)  # CPUs that others kept busy meanwhile
     peak_rss: int = 0
     huge_pages: float = 0.0  # share of the process's memory that lies in 2 MiB pages
 
@@ -55,6 +55,7 @@ def choose_lines(model: str, threads: int) -> list[Line]:
     if quantised:
         lines.append(Line("float32 activations", {"activations": "float32"}))
     lines.append(Line("no 2 MiB pages", {"huge_pages": False}))
+    lines.append(Line("weights copied to memory", {"residency": "resident"}))
     lines += [Line(f"KV {kind}", {"kv_dtype": kind}) for kind in ("float32", "bfloat16", "int8")]
     lines += [Line(f"{count} thread", {"threads": count}) for count in (1,) if count < threads]
     lines.append(Line("invariant", {"invariant": True}))
@@ -72,9 +73,13 @@ def measure(
         worker.prefill(random_ids(arguments.prompt, vocab, [arguments.seed, 1]))
         worker.decode(random_ids(2, vocab, [arguments.seed, 2]))
     ids = random_ids(arguments.prompt, vocab, [arguments.seed, 3, number])
-    line.prefill.append(len(ids) / worker.prefill(ids))
-    seconds = worker.decode(random_ids(arguments.new, vocab, [arguments.seed, 4, number]))
-    line.decode.append(len(seconds) / sum(seconds))
+    seconds, others = undisturbed(worker, lambda: worker.prefill(ids))
+    line.prefill.append(len(ids) / seconds)
+    line.others.append(others)
+    ids = random_ids(arguments.new, vocab, [arguments.seed, 4, number])
+    each, others = undisturbed(worker, lambda: worker.decode(ids))
+    line.decode.append(len(each) / sum(each))
+    line.others.append(others)
     memory = worker.ask("memory")
     line.peak_rss = max(line.peak_rss, memory["VmHWM"])
     line.huge_pages = memory["huge_pages"] / memory["Rss"]
@@ -90,10 +95,9 @@ def ablate(arguments: argparse.Namespace) -> dict[str, Any]:
         load = {"engine": "gemloupe", "path": arguments.model, "threads": arguments.threads}
         load |= {"dtype": arguments.dtype, **line.load}
         workers[line.name] = Worker(line.name, sys.executable, load, line.env)
-    busy, bandwidths = [], []
+    bandwidths = []
     try:
         for number in range(arguments.rounds):
-            busy.append(busy_cpus())
             bandwidths.append(bench.read_bandwidth(arguments.threads))
             # Shuffled: the base would always be first or last of so many.
             for index in np.random.default_rng([arguments.seed, number]).permutation(len(lines)):
@@ -113,7 +117,7 @@ def ablate(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt": arguments.prompt,
         "new": arguments.new,
         "rounds": arguments.rounds,
-        "busy_cpus": busy,
+        "busy_cpus": [others for line in lines for others in line.others],
         "bandwidths": bandwidths,
         "lines": [asdict(line) for line in lines],
     }
@@ -138,7 +142,8 @@ def report_text(report: dict[str, Any]) -> str:
             f"{cell([b / 1e9 for b in report['bandwidths']], 1)} GB/s, gemloupe "
             f"{report['gemloupe']} at commit {report['commit'] or '-'}, {report['date']}",
             f"- decoded {report['new']} tokens after the prompt; median (minimum–maximum) of "
-            f"{report['rounds']} rounds; CPUs that others kept busy {cell(report['busy_cpus'], 1)}",
+            f"{report['rounds']} rounds; CPUs that others kept busy meanwhile "
+            f"{cell(report['busy_cpus'])}",
             "",
             markdown(head, rows),
         ]

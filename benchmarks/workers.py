@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 HERE = Path(__file__).resolve().parent
 FIRST_ID = 300  # Below are control tokens.
 # CPUs that others may keep busy during a measurement, and how often it is made at most.
-DISTURBED, MOST_TRIES = 0.1, 4
+DISTURBED, MOST_TRIES = 0.1, 2
 
 
 class Worker:
@@ -124,7 +124,7 @@ def busy_seconds() -> float:
 
 
 def undisturbed(worker: Worker, measure: Callable[[], _T]) -> tuple[_T, float]:
-    """Measures again, a few times at most, while others keep more than DISTURBED CPUs busy.
+    """Measures again, MOST_TRIES times in all, while others keep more than DISTURBED CPUs busy.
 
     Returns the last result, and how many CPUs others kept busy during it.
     """
