@@ -497,6 +497,7 @@ def test_ablation_lines_fit_the_model() -> None:
         (memory_peak, ["E2B=x", "--context", "9"]),
         (compare, ["E2B", "--rounds", "0"]),
         (ablation, ["demo:moe", "--prompt", "1"]),
+        (ablation, ["demo:moe", "--cpu-seconds", "--threads", "2"]),
         (quality, ["--texts", "0"]),
         (reproduce, ["--checkpoint", "x", "--length", "1"]),
         (reproduce, []),
