@@ -22,7 +22,7 @@ WEIGHT_BITS: dict[str, float] = {
 # Beside a converted tensor: parts of the source and of a float32 form of it.
 _CONVERTING_BYTES = 64 << 20
 # Resident in a fresh process after `import gemloupe`: Python, NumPy, oneDNN, the engine.
-PROCESS_BYTES = 50 << 20
+PROCESS_BYTES = 58 << 20
 KV_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _INT8_SCALE_BYTES = 4  # Of each head's keys and of its values, per position.
 
