@@ -3,7 +3,8 @@
     python benchmarks/ablation.py MODEL [--prompt 512] [--new 32] [--rounds 5] [--json FILE]
 
 MODEL is what gemloupe.load takes, best a packed int4 folder (random_packed.py). Each line is a
-process of its own that stays loaded; each round runs them in another order.
+process of its own that stays loaded; each round runs them in another order. Where neighbours are
+busy, --cpu-seconds with one thread compares the time that the process had a CPU.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from text_speed import busy_cpus
-from workers import Worker, cell, markdown, progress, random_ids
+from workers import Worker, cell, markdown, progress, random_ids, undisturbed
 
 from gemloupe import _core, bench
 from gemloupe.checkpoint import open_checkpoint
@@ -38,6 +38,7 @@ class Line:
     env: dict[str, str] = field(default_factory=dict)
     prefill: list[float] = field(default_factory=list)  # tokens a second
     decode: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)  # CPUs that others kept busy meanwhile
     peak_rss: int = 0
     huge_pages: float = 0.0  # share of the process's memory that lies in 2 MiB pages
 
@@ -55,12 +56,26 @@ def choose_lines(model: str, threads: int) -> list[Line]:
     if quantised:
         lines.append(Line("float32 activations", {"activations": "float32"}))
     lines.append(Line("no 2 MiB pages", {"huge_pages": False}))
+    lines.append(Line("weights copied to memory", {"residency": "resident"}))
     lines += [Line(f"KV {kind}", {"kv_dtype": kind}) for kind in ("float32", "bfloat16", "int8")]
     lines += [Line(f"{count} thread", {"threads": count}) for count in (1,) if count < threads]
     lines.append(Line("invariant", {"invariant": True}))
     for isa in _ISAS[: _ISAS.index(_core.isa())] if _core.isa() in _ISAS else []:
         lines.append(Line(f"ISA {isa}", env={"GEMLOUPE_ISA": isa}))
     return lines
+
+
+def seconds(
+    line: Line, worker: Worker, arguments: argparse.Namespace, work: Callable[[], float]
+) -> float:
+    """Returns what `work` says that it took, or its CPU time."""
+    if not arguments.cpu_seconds:
+        taken, others = undisturbed(worker, work)
+        line.others.append(others)
+        return taken
+    before = worker.cpu_seconds()
+    work()
+    return worker.cpu_seconds() - before
 
 
 def measure(
@@ -72,9 +87,10 @@ def measure(
         worker.prefill(random_ids(arguments.prompt, vocab, [arguments.seed, 1]))
         worker.decode(random_ids(2, vocab, [arguments.seed, 2]))
     ids = random_ids(arguments.prompt, vocab, [arguments.seed, 3, number])
-    line.prefill.append(len(ids) / worker.prefill(ids))
-    seconds = worker.decode(random_ids(arguments.new, vocab, [arguments.seed, 4, number]))
-    line.decode.append(len(seconds) / sum(seconds))
+    line.prefill.append(len(ids) / seconds(line, worker, arguments, lambda: worker.prefill(ids)))
+    new = random_ids(arguments.new, vocab, [arguments.seed, 4, number])
+    decode = seconds(line, worker, arguments, lambda: sum(worker.decode(new)))
+    line.decode.append(len(new) / decode)
     memory = worker.ask("memory")
     line.peak_rss = max(line.peak_rss, memory["VmHWM"])
     line.huge_pages = memory["huge_pages"] / memory["Rss"]
@@ -90,10 +106,9 @@ def ablate(arguments: argparse.Namespace) -> dict[str, Any]:
         load = {"engine": "gemloupe", "path": arguments.model, "threads": arguments.threads}
         load |= {"dtype": arguments.dtype, **line.load}
         workers[line.name] = Worker(line.name, sys.executable, load, line.env)
-    busy, bandwidths = [], []
+    bandwidths = []
     try:
         for number in range(arguments.rounds):
-            busy.append(busy_cpus())
             bandwidths.append(bench.read_bandwidth(arguments.threads))
             # Shuffled: the base would always be first or last of so many.
             for index in np.random.default_rng([arguments.seed, number]).permutation(len(lines)):
@@ -113,7 +128,8 @@ def ablate(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt": arguments.prompt,
         "new": arguments.new,
         "rounds": arguments.rounds,
-        "busy_cpus": busy,
+        "cpu_seconds": arguments.cpu_seconds,
+        "busy_cpus": [others for line in lines for others in line.others],
         "bandwidths": bandwidths,
         "lines": [asdict(line) for line in lines],
     }
@@ -138,7 +154,12 @@ def report_text(report: dict[str, Any]) -> str:
             f"{cell([b / 1e9 for b in report['bandwidths']], 1)} GB/s, gemloupe "
             f"{report['gemloupe']} at commit {report['commit'] or '-'}, {report['date']}",
             f"- decoded {report['new']} tokens after the prompt; median (minimum–maximum) of "
-            f"{report['rounds']} rounds; CPUs that others kept busy {cell(report['busy_cpus'], 1)}",
+            f"{report['rounds']} rounds; "
+            + (
+                "by CPU time of the process, since the machine was busy"
+                if report["cpu_seconds"]
+                else f"CPUs that others kept busy meanwhile {cell(report['busy_cpus'])}"
+            ),
             "",
             markdown(head, rows),
         ]
@@ -153,12 +174,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=32, metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--threads", type=int, default=_core.available_cpus(), metavar="N")
+    parser.add_argument("--cpu-seconds", action="store_true", help="CPU time, not the clock's")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these lines, and the base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     arguments = parser.parse_args(argv)
     if min(arguments.rounds, arguments.threads, arguments.new) < 1 or arguments.prompt < 2:
         parser.error("--rounds, --threads and --new are at least 1, --prompt at least 2")
+    if arguments.cpu_seconds and arguments.threads != 1:
+        parser.error("--cpu-seconds needs --threads 1: threads that wait take CPU time, too")
     return arguments
 
 

@@ -24,8 +24,17 @@ from typing import Any
 
 import random_gguf
 import random_packed
-from text_speed import busy_cpus
-from workers import Worker, cell, in_turns, markdown, progress, random_ids, ratio
+from workers import (
+    MOST_TRIES,
+    Worker,
+    cell,
+    in_turns,
+    markdown,
+    progress,
+    random_ids,
+    ratio,
+    undisturbed,
+)
 
 from gemloupe import _core, bench, recipe, sizes
 from gemloupe.checkpoint import open_checkpoint
@@ -49,6 +58,8 @@ class Line:
     load_seconds: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)  # tokens a second
     decode: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)  # CPUs that others kept busy meanwhile
+    bandwidths: list[float] = field(default_factory=list)  # right after each slice of decoding
     peak_rss: list[int] = field(default_factory=list)
     bytes_per_token: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
@@ -171,10 +182,10 @@ def token_bytes(line: Line, arguments: argparse.Namespace) -> float:
     return weights + bench.kv_bytes_read(text, context, "float16", separate_keys=line.is_peer)
 
 
-def measure(
+def measure_prefill(
     line: Line, worker: Worker, arguments: argparse.Namespace, vocab: int, number: int
 ) -> None:
-    """One round of one engine."""
+    """Loads the engine where it is not, and reads the round's prompt; decoding goes on from it."""
     if not worker.is_loaded:
         line.load_seconds.append(worker.load())
         line.versions = worker.about.get("versions", {})
@@ -185,18 +196,29 @@ def measure(
         worker.decode(random_ids(2, vocab, [arguments.seed, 2]))
     ids = random_ids(arguments.prompt, vocab, [arguments.seed, 3, number])
     prepare(line, worker, arguments, "prefill")
-    line.prefill.append(len(ids) / worker.prefill(ids))
+    seconds, others = undisturbed(worker, lambda: worker.prefill(ids))
+    line.prefill.append(len(ids) / seconds)
+    line.others.append(others)
     if line.contexts and line.contexts["decode"] != line.contexts["prefill"]:
         prepare(line, worker, arguments, "decode")
         worker.prefill(ids)
-    seconds = worker.decode(random_ids(arguments.new, vocab, [arguments.seed, 4, number]))
+
+
+def measure_decode(
+    line: Line, worker: Worker, arguments: argparse.Namespace, vocab: int, turn: int
+) -> None:
+    """One slice of a round's decoded tokens."""
+    ids = random_ids(arguments.new // arguments.slices, vocab, [arguments.seed, 4, turn])
+    seconds, others = undisturbed(worker, lambda: worker.decode(ids))
     line.decode.append(len(seconds) / sum(seconds))
+    line.others.append(others)
+    line.bandwidths.append(bench.read_bandwidth(arguments.threads))
     line.peak_rss.append(worker.peak_rss())
 
 
 def prepare(line: Line, worker: Worker, arguments: argparse.Namespace, kind: str) -> None:
     if line.contexts:
-        n_ctx = arguments.prompt + arguments.new + 8
+        n_ctx = arguments.prompt + MOST_TRIES * arguments.new + 8
         worker.ask("context", n_ctx=n_ctx, **line.contexts[kind])
 
 
@@ -270,21 +292,25 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     keep = stay_loaded(gguf, packed, arguments)
     workers = {line.name: Worker(line.name, line.python, line.load) for line in lines}
-    bandwidths, busy, peaks = [], [], []
+    by_name = {line.name: line for line in lines}
+    peaks = roofline(arguments.native_bench, arguments.threads)
     for number in range(arguments.rounds):
-        busy.append(busy_cpus())
-        bandwidths.append(bench.read_bandwidth(arguments.threads))
-        peaks.append(roofline(arguments.native_bench, arguments.threads))
-        for name in in_turns(list(workers), number):
-            line = next(line for line in lines if line.name == name)
+        turns = in_turns(list(workers), number)
+        for name in turns:
             if not keep:
-                read_once(Path(line.path))
-            measure(line, workers[name], arguments, vocab, number)
-            progress(
-                f"round {number + 1}: {name}: pp {line.prefill[-1]:.2f}, tg {line.decode[-1]:.2f}"
-            )
+                read_once(Path(by_name[name].path))
+            measure_prefill(by_name[name], workers[name], arguments, vocab, number)
             if not keep:
+                for turn in range(arguments.slices):
+                    measure_decode(by_name[name], workers[name], arguments, vocab, turn)
                 workers[name].close()
+        # The memory's speed drifts within seconds where others share it: engines take short turns.
+        for turn in range(arguments.slices if keep else 0):
+            for name in in_turns(turns, turn):
+                measure_decode(by_name[name], workers[name], arguments, vocab, turn)
+        for line in lines:
+            rates = ", ".join(f"{rate:.2f}" for rate in line.decode[-arguments.slices :])
+            progress(f"round {number + 1}: {line.name}: pp {line.prefill[-1]:.2f}, tg {rates}")
     for worker in workers.values():
         worker.close()
     for line in lines:
@@ -302,10 +328,10 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "prompt": arguments.prompt,
         "new": arguments.new,
         "rounds": arguments.rounds,
-        "bandwidths": bandwidths,
-        "bandwidth": max(bandwidths),
-        "onednn_peaks": {kind: max(p[kind] for p in peaks) for kind in peaks[0]},
-        "busy_cpus": busy,
+        "slices": arguments.slices,
+        "bandwidths": [rate for line in lines for rate in line.bandwidths],
+        "onednn_peaks": peaks,
+        "busy_cpus": [others for line in lines for others in line.others],
         "operations_per_token": 2 * active,
         "notes": notes,
         "lines": [asdict(line) for line in lines],
@@ -329,7 +355,7 @@ def against_peers(line: Line, peers: Sequence[Line]) -> dict[str, float | None]:
 
 def report_text(report: dict[str, Any]) -> str:
     """Heading, table and the row for the README."""
-    lines, bandwidth = report["lines"], report["bandwidth"]
+    lines, bandwidths = report["lines"], report["bandwidths"]
     cut = "".join(
         f", cut to {report[name]} {what}"
         for name, what in (("layers", "layers"), ("vocab", "tokens"))
@@ -342,12 +368,13 @@ def report_text(report: dict[str, Any]) -> str:
         f"- files: Q4_0 {report['gguf_bytes'] / 1e9:.2f} GB, "
         f"int4 {report['packed_bytes'] / 1e9:.2f} GB",
         f"- machine: {report['cpu']}, {report['threads']} threads, ISA {report['isa']}, read "
-        f"bandwidth {bandwidth / 1e9:.1f} GB/s ({cell([b / 1e9 for b in report['bandwidths']], 1)})"
+        f"bandwidth {cell([b / 1e9 for b in bandwidths], 1)} GB/s"
         + (f", oneDNN peaks in Gop/s: {peaks}" if peaks else ""),
         f"- {report['date']}, gemloupe {report['gemloupe']} at commit {report['commit'] or '-'}; "
         + ", ".join(f"{name} {v}" for line in lines[:1] for name, v in line["versions"].items()),
         f"- prompt {report['prompt']}, then {report['new']} decoded; median (minimum–maximum) of "
-        f"{report['rounds']} rounds; CPUs that others kept busy {cell(report['busy_cpus'], 1)}",
+        f"{report['rounds']} rounds, decoding in {report['slices']} turns a round; CPUs that "
+        f"others kept busy meanwhile {cell(report['busy_cpus'])}",
         *(
             f"- {line['name']} ran with {flags(line['contexts'])}; "
             + built_with(line["system_info"])
@@ -362,7 +389,10 @@ def report_text(report: dict[str, Any]) -> str:
     for line in lines:
         size = line["bytes_per_token"]
         operations = statistics.median(line["prefill"]) * report["operations_per_token"]
-        share = 100 * statistics.median(line["decode"]) * size / bandwidth
+        share = 100 * statistics.median(
+            rate * size / read
+            for rate, read in zip(line["decode"], line["bandwidths"], strict=True)
+        )
         rows.append(
             [
                 line["name"],
@@ -430,6 +460,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=3, metavar="N", help="of each setting")
     parser.add_argument("--warm", type=int, metavar="N", help="tokens before the first round")
     parser.add_argument("--new", type=int, metavar="N", help="default: 64, 12 of 31B")
+    parser.add_argument("--slices", type=int, metavar="N", help="turns in which a round decodes")
     parser.add_argument("--threads", type=int, default=_core.available_cpus(), metavar="N")
     parser.add_argument("--native-bench", type=Path, metavar="FILE", help="gemloupe_quant_bench")
     parser.add_argument("--seed", type=int, default=0)
@@ -439,12 +470,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.prompt = arguments.prompt or (128 if large else 512)
     arguments.new = arguments.new or (12 if large else 64)
     arguments.try_prompt = arguments.try_prompt or (32 if large else TRY_PROMPT)
+    arguments.slices = arguments.slices or min(4, arguments.new)
     arguments.warm = arguments.warm or (16 if large else arguments.prompt)
     if (
         min(arguments.rounds, arguments.threads, arguments.new, arguments.tries) < 1
         or arguments.prompt < 2
     ):
         parser.error("--rounds, --threads, --new and --tries are at least 1, --prompt at least 2")
+    if not 1 <= arguments.slices <= arguments.new:
+        parser.error(f"--slices is {arguments.slices}; expected 1 to --new = {arguments.new}")
     return arguments
 
 

@@ -67,6 +67,8 @@ def measure(variant: str, source: str, arguments: argparse.Namespace) -> dict[st
             "weights": estimate.weights,
             "kv_cache": estimate.kv_cache,
             "scratch": estimate.scratch,
+            "converting": estimate.converting,
+            "process": estimate.process,
         },
         "estimate_error": total / peak - 1,
         "estimate_met": abs(total / peak - 1) <= ESTIMATE_GOAL,

@@ -93,14 +93,15 @@ class Gemloupe:
         from gemloupe import _core
 
         last, chunk = len(ids) - 1, _core.DEFAULT_CHUNK
-        capture = []
+        taken = _core.Hooks()
         if self._all_rows:
             points = self._hook_points()
             layer = self._model.config.text.num_hidden_layers - 1
             point = points[f"layers.{layer}.resid_post"]
-            capture = [(point.index, point.layer)]
+            every = _core.PositionFilter([], 0)
+            taken.add_capture(point.index, point.layer, every, False, "", 0)
         begin = time.perf_counter()
-        self._model.core.run(ids, self._cache.core, last, last + 1, capture, None, chunk)
+        self._model.core.run(ids, self._cache.core, last, last + 1, taken, None, chunk)
         return time.perf_counter() - begin
 
 

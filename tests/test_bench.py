@@ -24,6 +24,7 @@ import compare_llama_cpp as compare
 import measures
 import memory_peak
 import quality
+import random_gguf
 import random_packed
 import reproduce
 import serve_engine
@@ -367,6 +368,24 @@ def test_a_worker_that_fails_names_its_engine() -> None:
             worker.load()
 
 
+def test_a_measurement_is_repeated_while_others_are_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakeWorker:
+        def cpu_seconds(self) -> float:
+            return 0.0
+
+    times = iter([0.0, 1.0, 1.0, 1.05])  # All CPUs' seconds before and after each measurement.
+    clock = iter([0.0, 2.0, 2.0, 4.0])
+    monkeypatch.setattr(workers, "busy_seconds", lambda: next(times))
+    monkeypatch.setattr(workers.time, "perf_counter", lambda: next(clock))
+    results = iter("ab")
+    found, others = workers.undisturbed(FakeWorker(), lambda: next(results))
+    assert found == "b" and others == pytest.approx(0.025)
+    monkeypatch.undo()
+    begin = workers.busy_seconds()
+    sum(range(3_000_000))
+    assert workers.busy_seconds() > begin
+
+
 def test_every_second_round_runs_backwards() -> None:
     assert [workers.in_turns("abc", number) for number in range(3)] == [
         ["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"],
@@ -405,7 +424,7 @@ def test_features_of_llama_cpp_are_those_that_are_there() -> None:
 def line(name: str, engine: str, rates: list[float]) -> compare.Line:
     return compare.Line(
         name, "file", "python", {"engine": engine}, {}, [2.0 / rates[0]], [10 * r for r in rates],
-        rates, [1 << 30], 1e9,
+        rates, [0.0], [1e10 for _ in rates], [1 << 30], 1e9,
     )  # fmt: skip
 
 
@@ -416,8 +435,8 @@ def test_ratios_are_against_the_fastest_peer() -> None:
     assert found == pytest.approx({"prefill": 2, "decode": 2, "peak_rss": 1, "load": 1 / 3})
     report = {
         "variant": "E2B", "layers": 3, "vocab": None, **bench.environment(1), "gguf_bytes": 10,
-        "packed_bytes": 9, "prompt": 8, "new": 2, "rounds": 3, "bandwidths": [1e10],
-        "bandwidth": 1e10, "onednn_peaks": {"f32": 1e9}, "busy_cpus": [0.0],
+        "packed_bytes": 9, "prompt": 8, "new": 2, "rounds": 3, "slices": 1,
+        "bandwidths": [1e10], "onednn_peaks": {"f32": 1e9}, "busy_cpus": [0.0],
         "operations_per_token": 1e9, "notes": ["a note"],
         "lines": [vars(entry) for entry in [*peers, ours]], "ratios": {"ours": found},
     }  # fmt: skip
@@ -445,6 +464,19 @@ def test_random_packed_checkpoints_load_and_stay_finite(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["e2b"]
 
 
+@pytest.mark.parametrize("kind", ["packed", "gguf"])
+def test_the_estimate_is_within_5_percent_of_a_process_peak(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / ("x.gguf" if kind == "gguf" else "x")
+    write = random_gguf.write_gguf if kind == "gguf" else random_packed.write_packed
+    write("E2B", path, layers=8, vocab=8192)
+    report = tmp_path / "report.json"
+    memory_peak.main([f"E2B={path}", "--context", "1024", "--json", str(report)])
+    (found,) = json.loads(report.read_text())["models"]
+    assert found["estimate_met"], f"{found['estimate']} bytes, {found['peak_rss']} measured"
+    parts = found["estimate_parts"]
+    assert parts["process"] > 0.05 * found["peak_rss"]  # Leaving it out would be noticed.
+
+
 def test_ablation_lines_fit_the_model() -> None:
     names = {
         demo: [entry.name for entry in ablation.choose_lines(f"demo:{demo}", 2)]
@@ -465,6 +497,7 @@ def test_ablation_lines_fit_the_model() -> None:
         (memory_peak, ["E2B=x", "--context", "9"]),
         (compare, ["E2B", "--rounds", "0"]),
         (ablation, ["demo:moe", "--prompt", "1"]),
+        (ablation, ["demo:moe", "--cpu-seconds", "--threads", "2"]),
         (quality, ["--texts", "0"]),
         (reproduce, ["--checkpoint", "x", "--length", "1"]),
         (reproduce, []),

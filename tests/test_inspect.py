@@ -117,7 +117,7 @@ def test_a_released_hub_id_needs_no_network() -> None:
     assert describe("google/gemma-4-31b-IT").parameters == describe("31B").parameters
 
 
-def test_estimate_adds_weights_cache_and_scratch() -> None:
+def test_estimate_adds_process_weights_cache_and_scratch() -> None:
     found = estimate("E2B", "bfloat16", context=1000, kv_dtype="float16", chunk=64)
     shapes = expected_text_tensors(RELEASED["E2B"].config.text)
     vectors = sum(shape[0] for shape in shapes.values() if len(shape) == 1)
@@ -128,7 +128,8 @@ def test_estimate_adds_weights_cache_and_scratch() -> None:
     full_blocks, sliding_positions = 16, 640  # 1000 -> 16 blocks of 64; 511 + 64 + 64 -> 640.
     per_token = describe("E2B").kv_bytes_per_token
     assert found.kv_cache == sliding_positions * per_token[0] + full_blocks * 64 * per_token[1]
-    assert int(found) == found.weights + found.kv_cache + found.scratch
+    assert found.converting == 0
+    assert int(found) == found.process + found.weights + found.kv_cache + found.scratch
 
 
 def test_float32_reads_bfloat16_files_as_they_are_with_a_float32_cache() -> None:
@@ -148,7 +149,8 @@ def test_a_float32_checkpoint_is_mapped_or_rounded(tiny: Callable) -> None:
     assert as_stored.weights == sum(tensor.nbytes for tensor in stored)
     matrices = sum(tensor.nbytes for tensor in stored if len(tensor.shape) > 1)
     part = max(tensor.nbytes for tensor in stored)  # Of the source, beside its converted form.
-    assert rounded.weights == as_stored.weights - matrices // 2 + part
+    assert rounded.weights == as_stored.weights - matrices // 2
+    assert (rounded.converting, as_stored.converting) == (part, 0)
 
 
 def test_bytes_per_decoded_token_are_active_weights_and_what_is_attended() -> None:

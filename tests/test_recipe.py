@@ -114,11 +114,12 @@ def test_estimate_counts_what_a_model_holds() -> None:
         held = model.core.copied_bytes + model.core.mapped_bytes + vectors
         part = max(t.nbytes for t in checkpoint.text_tensors.values())
         converts = dtype in ("int8", "int4")
-        assert gl.estimate("demo:moe", dtype, context=64).weights == held + converts * part
+        found = gl.estimate("demo:moe", dtype, context=64)
+        assert (found.weights, found.converting) == (held, converts * part)
 
 
 def test_a_model_that_fits_only_quantised_names_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = gl.estimate("demo:moe", "int8", context=64).weights
+    needed = sizes.resident_bytes(open_checkpoint("demo:moe"), "int8")
 
     def machine_with(memory: int) -> None:
         monkeypatch.setattr(gl._core, "available_memory", lambda: memory)

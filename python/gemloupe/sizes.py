@@ -21,6 +21,8 @@ WEIGHT_BITS: dict[str, float] = {
 }
 # Beside a converted tensor: parts of the source and of a float32 form of it.
 _CONVERTING_BYTES = 64 << 20
+# Resident in a fresh process after `import gemloupe`: Python, NumPy, oneDNN, the engine.
+PROCESS_BYTES = 58 << 20
 KV_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 _INT8_SCALE_BYTES = 4  # Of each head's keys and of its values, per position.
 
@@ -156,7 +158,7 @@ def _kv_stored(layer: LayerConfig) -> int:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of memory that a model needs, `int(estimate)` all together."""
+    """Bytes of memory that a process with this model needs, `int(estimate)` at its peak."""
 
     name: str
     dtype: str
@@ -169,22 +171,30 @@ class Estimate:
     kv_cache: int
     scratch: int
     """About what one pass of the default chunk needs beside them."""
+    converting: int
+    """What `load` needs for a moment beside the weights where it converts or copies them."""
+    process: int = PROCESS_BYTES
+    """About what Python and the libraries take before anything is loaded."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.scratch
+        return self.process + self.weights + max(self.converting, self.kv_cache + self.scratch)
 
     def __int__(self) -> int:
         return self.total
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}, {self.dtype}, context {self.context:,}: "
-            f"{format_bytes(self.total)}\n"
-            f"  weights   {format_bytes(self.weights):>12}  stored as {self.stored_dtype}\n"
-            f"  KV cache  {format_bytes(self.kv_cache):>12}  {self.kv_dtype}\n"
-            f"  scratch   {format_bytes(self.scratch):>12}  about"
-        )
+        parts = [
+            ("weights", self.weights, f"stored as {self.stored_dtype}"),
+            ("KV cache", self.kv_cache, self.kv_dtype),
+            ("scratch", self.scratch, "about"),
+            ("process", self.process, "about"),
+        ]
+        if self.converting:
+            parts.append(("converting", self.converting, "while loading, before cache and scratch"))
+        head = f"{self.name}, {self.dtype}, context {self.context:,}: {format_bytes(self.total)}"
+        lines = [f"  {part:<10}{format_bytes(size):>12}  {note}" for part, size, note in parts]
+        return "\n".join([head, *lines])
 
 
 Source = str | os.PathLike[str] | ModelConfig | Checkpoint | Variant
@@ -202,7 +212,8 @@ def estimate(
 
     `source` is what `load` takes, a released model's name ("31B"), or a config; of a hub model
     only config.json is fetched. `dtype` as in `load`: the figures of a checkpoint that must be
-    converted are those of doing so while it is loaded, of a config those of a packed folder.
+    converted are those of doing so while it is loaded, of a config those of a packed folder. The
+    total is a new process's peak: Python and the libraries count, what else it imports does not.
     ValueError for an unknown dtype or a context beyond the model's.
     """
     name, subject = find(source)
@@ -223,19 +234,21 @@ def estimate(
             f"context is {context}; expected 1 to {limit}, the config's max_position_embeddings. "
             "Give a number of tokens in that range."
         )
+    weights, converting = (
+        (config_bytes(config.text, stored, dtype), 0)
+        if isinstance(subject, ModelConfig)
+        else load_bytes(subject, dtype)
+    )
     return Estimate(
         name=name,
         dtype=stored if preset == "auto" else preset,
         stored_dtype=stored,
         kv_dtype=kv_dtype,
         context=context,
-        weights=(
-            config_bytes(config.text, stored, dtype)
-            if isinstance(subject, ModelConfig)
-            else resident_bytes(subject, dtype)
-        ),
+        weights=weights,
         kv_cache=kv_allocated(config.text, context, kv_dtype, chunk),
         scratch=scratch_bytes(config.text, min(chunk, context)),
+        converting=converting,
     )
 
 
@@ -256,7 +269,14 @@ def weight_targets(subject: Checkpoint, dtype: recipe.Dtype) -> dict[str, str]:
 
 
 def resident_bytes(subject: Checkpoint, dtype: recipe.Dtype, residency: str = "mapped") -> int:
-    """Returns bytes of weights that `load` needs in memory, mapped or copied.
+    """Returns the most bytes that `load` needs in memory for weights, mapped or copied."""
+    return sum(load_bytes(subject, dtype, residency))
+
+
+def load_bytes(
+    subject: Checkpoint, dtype: recipe.Dtype, residency: str = "mapped"
+) -> tuple[int, int]:
+    """Returns bytes of (weights, mapped or copied; what converting or copying needs beside them).
 
     The table of which only rows are read counts where it must be converted.
     """
@@ -270,7 +290,7 @@ def resident_bytes(subject: Checkpoint, dtype: recipe.Dtype, residency: str = "m
         total += recipe.nbytes(target, tensor.shape)
         if copied or residency == "resident":
             largest = max(largest, tensor.nbytes)
-    return total + min(largest, _CONVERTING_BYTES)
+    return total, min(largest, _CONVERTING_BYTES)
 
 
 def expert_bytes(subject: Checkpoint) -> int:
@@ -293,9 +313,12 @@ def config_bytes(text: TextConfig, stored: str, dtype: recipe.Dtype, *, table: b
 
 
 def scratch_bytes(text: TextConfig, rows: int) -> int:
-    """Float32 rows alive at once in the widest layer, per-layer inputs and one row of logits."""
+    """Float32 rows alive at once in the widest layer, per-layer inputs and one row of logits.
+
+    Layers that share keys do not count: unless asked, only the last row of a prompt passes them.
+    """
     widest = 0
-    for layer in text.layers:
+    for layer in _storing(text):
         query = text.num_attention_heads * layer.head_dim
         ffn = 2 * layer.intermediate_size
         if layer.has_experts:
