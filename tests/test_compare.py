@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import gemloupe as gl
 from gemloupe import cli
 from gemloupe.comparison import transformers_capture
+from gemloupe.comparison.bounded import Roundings, exact
 from tiny_models import VARIANTS, hf_run, make_tiny, random_ids, save_tiny, text_model
 
 IDS = random_ids(40)
@@ -536,6 +537,34 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_bounds_hold_for_float32_and_are_not_far_above_its_errors():
+    draw = np.random.default_rng(0)
+    x, w = draw.normal(size=(8, 700)), draw.normal(size=(90, 700))
+    x, w = (np.float32(a).astype(np.float64) for a in (x, w))
+    float32 = Roundings("float32")
+    narrow, narrow_w = x.astype(np.float32), w.astype(np.float32)
+    exponentials = np.exp(narrow - narrow.max(axis=1, keepdims=True))
+    divisor = np.sqrt(np.mean(narrow**2, axis=1, keepdims=True) + np.float32(1e-6))
+    cases = [
+        (float32.linear(exact(x), lambda: iter([(0, 90, w)])), narrow @ narrow_w.T),
+        (float32.softmax(exact(x)), exponentials / exponentials.sum(axis=1, keepdims=True)),
+        (float32.rms_norm(exact(x), w[0], 1e-6), narrow / divisor * narrow_w[0]),
+        (float32.add(exact(x), exact(x[::-1])), narrow + narrow[::-1]),
+        (float32.softcap(exact(x), 30.0), np.float32(30) * np.tanh(narrow / np.float32(30))),
+    ]
+    for wide, got in cases:
+        off = np.abs(got - wide.value)
+        assert off.max() > 0
+        assert (off <= wide.error).all()
+        assert np.broadcast_to(wide.error, off.shape).max() < 2000 * off.max()
+
+
+def test_results_below_float32s_normal_numbers_may_be_zero():
+    pattern = Roundings("float32").softmax(exact(np.array([[0.0, -87.5, -np.inf]])))
+    assert 0 < pattern.value[0, 1] < pattern.error[0, 1]
+    assert pattern.value[0, 2] == 0 and pattern.error[0, 2] < 1e-37
 
 
 def test_the_command_line_prints_the_report_and_tells_divergence_by_its_code(

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 FLOAT32 = 2.0**-24
+UNDERFLOW = 2.0**-126
+"""Smaller results may become 0: engines flush float32's subnormal numbers."""
 ROUNDOFF = {"float64": 2.0**-53, "float32": FLOAT32, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """Unit roundoff: the largest relative error of rounding to nearest."""
 
@@ -62,7 +64,7 @@ class Roundings:
 
     def stored(self, value: np.ndarray, error: np.ndarray | float, times: int = 1) -> Bounded:
         """`value` after `times` roundings to the activations' dtype."""
-        return Bounded(value, error + times * self.unit * np.abs(value))
+        return Bounded(value, error + times * (self.unit * np.abs(value) + UNDERFLOW))
 
     def add(self, x: Bounded, y: Bounded) -> Bounded:
         return self.stored(x.value + y.value, x.error + y.error)

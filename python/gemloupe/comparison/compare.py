@@ -52,7 +52,7 @@ def compare(
     checkpoint folder or "demo:edge" (loaded with transformers in `reference_dtype`), another
     gemloupe model, or a file of `gl.record_reference`. `inputs`: what `model.prepare` takes: ids,
     text, a chat, a `Prompt`, or a batch; None takes the prompts of a recorded file. `points`:
-    names or patterns. Real models take what their passes take, and about as long again for float64.
+    names or patterns. The float64 part takes most of the time: minutes for billions of weights.
 
     A point whose values differ is re-run in float64 from the captured inputs of both sides, with
     the model's weights. Where each side lies within the bound of its own result (computed from

@@ -191,6 +191,7 @@ class TransformersSide:
         """Puts other values into one tensor while the context lasts."""
         torch = hf.import_torch("a transformers reference")
         parameter = self._state[name]
+        self.tensors.recent.clear()
         kept = parameter.data
         other = torch.from_numpy(np.array(rows, np.float32)).reshape(kept.shape)
         try:
@@ -198,6 +199,7 @@ class TransformersSide:
             yield
         finally:
             parameter.data = kept
+            self.tensors.recent.clear()
 
 
 def as_array(tensor: Any) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,10 +14,15 @@ if TYPE_CHECKING:
 
 # Bytes of float64 rows in memory at a time: an embedding of a real model would be gigabytes.
 _BLOCK_BYTES = 64 << 20
+# Blocks that are kept: both sides, and all heads, read the same matrix one after the other.
+_KEPT_BLOCKS = 6
 
 
 class Tensors(Protocol):
     """The text decoder's tensors under the checkpoint's names, without prefix."""
+
+    recent: OrderedDict[tuple[str, int, int], np.ndarray]
+    """The blocks of float64 rows that were read last."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -30,6 +36,7 @@ class GemloupeTensors:
     """The values that gemloupe's products use, dequantised."""
 
     def __init__(self, weights: Weights) -> None:
+        self.recent: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
         self._weights = weights
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -46,6 +53,7 @@ class TorchTensors:
     """A transformers model's parameters and buffers; `state` is name -> torch tensor."""
 
     def __init__(self, state: dict[str, Any]) -> None:
+        self.recent: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
         self._state = state
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -77,7 +85,17 @@ def blocks(
     step = max(1, _BLOCK_BYTES // (8 * tensors.shape(name)[-1]))
     for first in range(begin, end, step):
         last = min(end, first + step)
-        yield first, last, tensors.rows(name, first, last).astype(np.float64)
+        yield first, last, _block(tensors, name, first, last)
+
+
+def _block(tensors: Tensors, name: str, first: int, last: int) -> np.ndarray:
+    key = (name, first, last)
+    found = tensors.recent.pop(key, None)
+    rows = tensors.rows(name, first, last).astype(np.float64) if found is None else found
+    tensors.recent[key] = rows
+    while len(tensors.recent) > _KEPT_BLOCKS:
+        tensors.recent.popitem(last=False)
+    return rows
 
 
 def gather(tensors: Tensors, name: str, ids: np.ndarray) -> np.ndarray:
