@@ -24,7 +24,7 @@ void AttentionScores(ConstMatrix q, ConstMatrix keys, int64_t head_dim, const Ke
     const auto [begin, end] = ranges[t];
     MatmulKernelFor(DType::kFloat32)(row + begin, scores.stride, q.row(t) + head * head_dim,
                                      q.stride, keys.row(begin) + head / group * head_dim,
-                                     keys.stride, 1, end - begin, head_dim);
+                                     keys.stride, 1, end - begin, head_dim, {});
   });
 }
 
@@ -52,7 +52,7 @@ void AttentionOutput(ConstMatrix pattern, ConstMatrix values, int64_t head_dim,
     std::fill_n(dst, head_dim, 0.0f);
     AccumulateKernelFor(DType::kFloat32)(dst, z.stride, pattern.row(at) + begin, pattern.stride,
                                          values.row(begin) + head / group * head_dim, values.stride,
-                                         1, end - begin, head_dim);
+                                         1, end - begin, head_dim, {});
   });
 }
 
