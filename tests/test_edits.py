@@ -447,6 +447,41 @@ def test_experts_without_output_keep_their_selection(tiny, mode):
     np.testing.assert_array_equal(run["layers.2.experts.each"], want)
 
 
+def test_experts_are_replaced_by_the_mean_outputs_of_a_trace(tiny):
+    model = gl.load(tiny("26b")[1], dtype="float32")
+    name, ids = "layers.2.experts.each", random_ids(20)
+    run = model.run(ids, capture="layers.*.experts.each")
+    trace = run.routing.with_outputs(run.captured)
+    expert = int(trace.experts[2, 0, 0])
+    edit = {"layers.2.router.logits": gl.edits.ablate_experts([expert], "mean", means=trace)}
+    edited = model.run(ids, capture=name, edit=edit)
+    np.testing.assert_array_equal(edited.routing.experts[2], trace.experts[2])
+    chosen = trace.experts[2] == expert
+    want = np.where(chosen[..., None], run[name][chosen].mean(0), run[name])
+    np.testing.assert_allclose(edited[name], want, rtol=1e-5, atol=1e-6)
+    assert np.abs(edited.logits - run.logits).max() > 1e-5
+
+
+def test_mean_outputs_of_experts_that_no_token_chose_are_refused(tiny):
+    model = gl.load(tiny("26b")[1], dtype="float32")
+    run = model.run([2], capture="layers.2.experts.each")
+    trace = run.routing.with_outputs(run.captured)
+    chosen = trace.experts[2, 0].tolist()
+    never = next(expert for expert in range(trace.num_experts) if expert not in chosen)
+
+    def ablated(ids, layer=2, means=trace):
+        edit = gl.edits.ablate_experts(ids, "mean", means=means)
+        return model.run([2], edit={f"layers.{layer}.router.logits": edit})
+
+    assert np.isfinite(ablated(chosen[:1]).logits).all()
+    with pytest.raises(ValueError, match=rf"layer 2 are NaN for experts \[{never}\].*no token"):
+        ablated([chosen[0], never])
+    with pytest.raises(ValueError, match=r"no layer 3; it has layers \[2\]"):
+        ablated(chosen[:1], layer=3)
+    with pytest.raises(ValueError, match="with_outputs"):
+        ablated(chosen[:1], means=run.routing)
+
+
 def test_replayed_routing_gives_the_same_logits(tiny):
     model = gl.load(tiny("26b")[1], dtype="float32")
     ids = random_ids(20)

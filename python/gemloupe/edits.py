@@ -253,6 +253,7 @@ def ablate_experts(
     mode "mask": the router's logits of these become −inf, so that the next expert comes in and the
     weights are renormalised. "zero": selection and weights stay, their outputs become 0. "mean":
     their outputs become `means` ([E, D], a mapping layer -> [E, D], or a trace with mean_outputs).
+    ValueError where it has no mean of one of `ids`: NaN, as of experts that no token chose.
     """
     if mode not in ABLATIONS:
         raise ValueError(f"mode is {quoted(mode)}; expected {one_of(ABLATIONS)}")
@@ -268,14 +269,39 @@ def ablate_experts(
             return [(target.point, where, core)]
         values = np.zeros((0, 0), np.float32)
         if mode == "mean":
-            table = getattr(means, "mean_outputs", means)
-            of_layer = table[site.point.layer] if isinstance(table, Mapping) else table
-            shape = (site.config.num_experts, site.config.hidden_size)
-            values = as_float32(of_layer, "means", shape)[chosen]
+            values = _expert_means(means, chosen, site)
         target = site.sibling("experts.each")
         return [(target.point, where, _core.replace_experts(chosen, values))]
 
     return Edit("ablate_experts", bind, positions, None, rows)
+
+
+def _expert_means(means: Any, chosen: list[int], site: Site) -> np.ndarray:
+    """float32 [len(chosen), D]: the mean outputs of experts in the layer of `site`."""
+    layer = site.point.layer
+    table = getattr(means, "mean_outputs", means)
+    if table is None:
+        raise ValueError(
+            'ablate_experts(mode="mean"): the trace has no mean outputs; run with '
+            'capture="layers.*.experts.each" and pass run.routing.with_outputs(run.captured)'
+        )
+    if isinstance(table, Mapping):
+        if layer not in table:
+            raise ValueError(
+                f'ablate_experts(mode="mean"): means has no layer {layer}; it has layers '
+                f"{sorted(table)}"
+            )
+        table = table[layer]
+    shape = (site.config.num_experts, site.config.hidden_size)
+    values = as_float32(table, f"means of layer {layer}", shape)[chosen]
+    unknown = [expert for expert, row in zip(chosen, values, strict=True) if np.isnan(row).any()]
+    if unknown:
+        raise ValueError(
+            f'ablate_experts(mode="mean"): means of layer {layer} are NaN for experts {unknown}, '
+            "which no token of the trace chose; add traces of more tokens, leave these experts "
+            'out, or use mode="zero"'
+        )
+    return values
 
 
 def force_experts(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gemloupe import _core, cache_edits, capturing
+from gemloupe import routing as _routing
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.output import Output, Timings, TokenLogprobs
@@ -308,6 +309,8 @@ class Generation:
             self._bind_hooks(row, index)
             self._numbers.append(self._session.submit(self._request(row, softcap)))
         self._bar = _PrefillBar(sum(len(row.prompt) for row in self._rows))
+        self._collectors = _routing.collectors(model)
+        self._outputs: list[Output] | None = None
 
     def _bind_hooks(self, row: _Row, index: int) -> None:
         if not row.request:
@@ -391,8 +394,11 @@ class Generation:
         return pieces
 
     def outputs(self) -> list[Output]:
-        """Returns one output a row."""
-        return [row.output(self._cache(index)) for index, row in enumerate(self._rows)]
+        """Returns one output a row, the same ones whenever it is asked after all rows ended."""
+        if self._outputs is None:
+            self._outputs = [row.output(self._cache(i)) for i, row in enumerate(self._rows)]
+            _routing.count((output.routing for output in self._outputs), self._collectors)
+        return self._outputs
 
     def _cache(self, index: int) -> Any:
         given = self._rows[index].cache

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from gemloupe import _core, cache_file, generation, recipe, sizes
+from gemloupe import _core, cache_file, generation, recipe, routing, sizes
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.arrays import as_float32
@@ -366,6 +367,30 @@ class Model:
     def chat(self, message: Any, **arguments: Any) -> Output | list[Output] | Stream:
         """Generates the answer to one user message, or to a list of messages."""
         return generation.chat(self, message, **arguments)
+
+    def routing_stats(
+        self, *, coactivation: bool = False
+    ) -> AbstractContextManager[routing.RoutingStats]:
+        """Counts what the routers choose in every `run` and `generate` inside a with block.
+
+        with model.routing_stats() as stats:
+            for prompt in prompts:
+                model.generate(prompt)
+        print(stats)
+
+        `stats` is a `RoutingStats` (loads and weights of experts; `coactivation` adds pairs) and
+        can be read inside the block and after it. A call is counted when it returns, a stream when
+        its result is made, if it began inside the block on this model and in this thread (or task).
+        Not counted: calls that raise, those with routing=False (as patching grids have), and of
+        `model.run(earlier_run, …)` the tokens that are not computed again. ValueError where the
+        model has no experts.
+        """
+        if not any(layer.has_experts for layer in self.config.text.layers):
+            raise ValueError(
+                f"{quoted(self.checkpoint.source)} has no experts; expected a mixture-of-experts "
+                "model, such as 26B-A4B"
+            )
+        return routing.counting(self, routing.RoutingStats(coactivation=coactivation))
 
     def new_cache(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -19,6 +21,9 @@ __all__ = [
     "RouterTrace",
     "RoutingStats",
     "check_level",
+    "collectors",
+    "count",
+    "counting",
     "hook_points",
     "make_trace",
 ]
@@ -91,6 +96,37 @@ def make_trace(
         output_norms=norms,
         token_source=tokens,
     )
+
+
+Collectors = tuple[RoutingStats, ...]
+
+# (model, statistics) of each `counting` that is entered.
+_counting: contextvars.ContextVar[tuple[tuple[object, RoutingStats], ...]] = contextvars.ContextVar(
+    "gemloupe.routing.counting", default=()
+)
+
+
+@contextlib.contextmanager
+def counting(model: object, stats: RoutingStats) -> Iterator[RoutingStats]:
+    """What `Model.routing_stats` returns: adds the model's traces to `stats` inside the block."""
+    token = _counting.set((*_counting.get(), (model, stats)))
+    try:
+        yield stats
+    finally:
+        _counting.reset(token)
+
+
+def collectors(model: object) -> Collectors:
+    """The statistics that a call on `model` adds its traces to; asked for when the call begins."""
+    return tuple(stats for counted, stats in _counting.get() if counted is model)
+
+
+def count(traces: Iterable[RouterTrace | None], collectors: Collectors) -> None:
+    """Adds what a call's rows chose, where they have a trace."""
+    for trace in traces:
+        if trace is not None:
+            for stats in collectors:
+                stats.add(trace)
 
 
 def _layers(config: TextConfig) -> list[int]:

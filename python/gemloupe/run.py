@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemloupe import _core, cache_edits, capturing, rerun
+from gemloupe import routing as _routing
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.errors import one_of
 from gemloupe.positions import Span
@@ -92,14 +93,17 @@ def run(
     batch = is_batch(x)
     rows = len(x) if batch else None
     hooked = capturing.Options(capture, routing, check_finite)
+    collectors = _routing.collectors(model)
     if isinstance(x, Run):
         if cache is not None or keep:
             raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
         request = capturing.parse(hooked, edit, model.config.text)
         _check_logits(logits, request)
-        return _rerun(
+        repeated = _rerun(
             model, x, _RowOptions(0, None, logits, request, softcap_value(softcap), chunk)
         )
+        _routing.count([repeated.routing], collectors)
+        return repeated
     caches = row_caches(cache, rows)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
@@ -121,6 +125,7 @@ def run(
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
             given.core.restore(fork.core)
         raise
+    _routing.count([one.routing for one in runs], collectors)
     return runs if batch else runs[0]
 
 
