@@ -498,3 +498,21 @@ def test_edits_are_noted_in_the_cache(e2b):
     assert [(note.kind, note.detail) for note in cache.provenance] == [
         ("edit", "layers.1.mlp.out: zero")
     ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_dtypes_show_the_same_values_whatever_the_pass(tiny, variant, dtype):
+    # Products of many rows may round activations to bfloat16 where the CPU multiplies bfloat16.
+    activations = "float32" if dtype == "bfloat16" else "auto"
+    model = gl.load(tiny(variant)[1], dtype=dtype, activations=activations)
+    ids = random_ids(33)
+    names = [n for n in gl.hook_points(model) if not n.endswith((".keys", ".values", ".experts"))]
+    whole = model.run(ids, capture=names, logits="all")
+    np.testing.assert_array_equal(whole.logits, model.run(ids, logits="all").logits)
+    chunked = model.run(ids, capture=names, logits="all", chunk=7)
+    for name in names:
+        scale = max(1.0, float(np.abs(whole[name][np.isfinite(whole[name])]).max()))
+        np.testing.assert_allclose(chunked[name], whole[name], atol=1e-4 * scale, err_msg=name)
+    edit = {"layers.1.attn.z": lambda x: None, "layers.2.mlp.hidden": gl.edits.scale(1.0)}
+    np.testing.assert_array_equal(model.run(ids, edit=edit).logits, model.run(ids).logits)
