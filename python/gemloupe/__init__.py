@@ -8,6 +8,8 @@ print(model.chat("What is 27 + 45?"))
 
 from gemloupe import edits, plot
 from gemloupe._core import __version__
+from gemloupe.activation_file import Activations, open_activations
+from gemloupe.activation_recorder import record
 from gemloupe.analysis import (
     attribution,
     directional,
@@ -39,6 +41,7 @@ def hook_points(model: Model) -> dict[str, HookPoint]:
 
 
 __all__ = [
+    "Activations",
     "HookPoint",
     "KvCache",
     "Model",
@@ -62,8 +65,10 @@ __all__ = [
     "induction_scores",
     "load",
     "logit_lens",
+    "open_activations",
     "patching_grid",
     "plot",
+    "record",
     "record_reference",
     "steering_vector",
 ]

@@ -7,14 +7,18 @@ from typing import Any
 
 
 class ProgressBar:
-    """Shows the fraction of a long piece of work; silent where stderr is no terminal."""
+    """Shows the fraction of a long piece of work; silent where stderr is no terminal.
 
-    def __init__(self, text: str, *, shown: bool = True) -> None:
+    With `counted`, the noun for work of unknown length, it shows how many were done.
+    """
+
+    def __init__(self, text: str, *, shown: bool = True, counted: str | None = None) -> None:
         self._bar: Any = None
         if shown and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=100, desc=text, unit="%", leave=False)
+            total, unit = (100, "%") if counted is None else (None, f" {counted}")
+            self._bar = tqdm(total=total, desc=text, unit=unit, leave=False)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -26,3 +30,8 @@ class ProgressBar:
     def show(self, fraction: float) -> None:
         if self._bar is not None:
             self._bar.update(int(100 * fraction) - self._bar.n)
+
+    def count(self, done: int) -> None:
+        """How many are done, of an unknown number."""
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)

@@ -156,7 +156,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         used = model.new_cache(sliding="full" if options.keep else "ring")
     span = Span(prompt, used.length)
     request = rerun.with_residuals(options.request, text) if options.keep else options.request
-    begin, end = _logits_rows(options.logits, len(prompt))
+    begin, end = logits_rows(options.logits, len(prompt))
     bound = None
     if request:
         capturing.check_memory(request, text, span, 0, options.chunk)
@@ -185,7 +185,7 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     text = model.config.text
     kept, prompt, request = earlier.kept, earlier.prompt, options.request
     span = Span(prompt, kept.first)
-    begin, end = _logits_rows(options.logits, len(prompt))
+    begin, end = logits_rows(options.logits, len(prompt))
     capturing.check_memory(request, text, span, 0, options.chunk)
     bound = capturing.BoundHooks(request, text, span, 0)
     layer, position = rerun.reach(bound, model, span, span.first + begin)
@@ -204,7 +204,8 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     return Run(prompt, values, captured, used, positions, request.skipped, trace, model=model)
 
 
-def _logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:
+def logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:
+    """The rows [begin, end) of `count` that have logits; ValueError for what is no `logits`."""
     if logits is None:
         return 0, 0
     if isinstance(logits, slice):
