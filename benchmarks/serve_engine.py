@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -287,14 +288,14 @@ class Server:
         raise ValueError(f"op is {op!r}; expected load, context, prefill, decode or memory")
 
 
-def main() -> int:
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answers commands until the input ends, then ends the process."""
     # Libraries write where they like; only answers go to the real output.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    server = Server()
     for line in sys.stdin:
         try:
-            result = server.answer(json.loads(line))
+            result = answer(json.loads(line))
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         with contextlib.suppress(BrokenPipeError):
@@ -304,4 +305,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    serve(Server().answer)

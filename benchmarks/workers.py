@@ -26,6 +26,8 @@ DISTURBED, MOST_TRIES = 0.1, 2
 class Worker:
     """One engine's process. RuntimeError, naming the engine, for whatever fails in it."""
 
+    script = "serve_engine.py"
+
     def __init__(
         self, name: str, python: str, load: dict[str, Any], env: dict[str, str] | None = None
     ) -> None:
@@ -45,7 +47,7 @@ class Worker:
         """Starts the process and loads the model; returns the seconds of loading."""
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [self._python, str(HERE / "serve_engine.py")],
+            [self._python, str(HERE / self.script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

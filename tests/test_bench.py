@@ -21,6 +21,8 @@ from gemloupe.variants import VARIANTS
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import ablation
 import compare_llama_cpp as compare
+import hook_engines
+import hooks as hook_costs
 import measures
 import memory_peak
 import quality
@@ -534,3 +536,87 @@ def test_fidelity_with_transformers_is_close(capsys: pytest.CaptureFixture[str])
     assert report["dtype"] == "float32" and report["top1"] == 1.0
     assert report["kl_max"] < 1e-9 and max(report["resid_error"]) < 1e-5
     assert "top-1 | 100.00 %" in reproduce.fidelity_text(report)
+
+
+# hooks.py
+
+
+def hook_line(name: str, seconds: list[float], is_peer: bool) -> hook_costs.Line:
+    dtype = name.split()[-1]
+    found = hook_costs.Line(name, dtype, {}, is_peer)
+    found.results["a"] = [{"seconds": s, "peak_rss": 1 << 30} for s in seconds]
+    return found
+
+
+def test_hooks_are_timed_against_the_fastest_peer_of_each_task() -> None:
+    ours = hook_line("gemloupe float32", [2.0], False)
+    peers = [hook_line("slow float32", [9.0, 9.0], True), hook_line("fast float32", [5.0], True)]
+    peers[0].failed["a"] = "slow: residuals failed"
+    found = hook_costs.against_peers([ours, *peers], "a")
+    assert found == {"gemloupe float32": (2.5, "fast float32")}
+    assert hook_costs.against_peers([ours], "a") == {}
+    sizes = {"prompts": 8, "length": 256}
+    table = hook_costs.task_table({"sizes": sizes}, [ours, *peers], "a")
+    assert "all resid_post of 8 x 256 tokens" in table
+    assert "| gemloupe float32 | 2.00 | 1.00 | 2.5x | 1.6x: met |" in table
+    assert hook_costs.notes(peers, ["a"]) == ["slow float32, a: slow: residuals failed"]
+
+
+def test_a_sampled_grid_is_scaled_to_all_of_its_cells() -> None:
+    assert hook_costs.scaled({"seconds": 3.0}) == 3.0
+    sampled = {"seconds": 3.0, "before": 1.0, "each": [0.5, 1.5], "all_cells": 100}
+    assert hook_costs.scaled(sampled) == 101.0
+    cells = hook_costs.sample_cells(35, 24, 12)
+    assert len({tuple(cell) for cell in cells}) == 12
+    assert {layer // 12 for layer, _ in cells} == {0, 1, 2}
+    assert hook_costs.sample_cells(2, 2, 9) == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_costs_of_hooks_are_held_against_their_goals() -> None:
+    pairs = [[1.0, 1.02], [1.0, 1.04], [2.0, 2.02]]
+    row = hook_costs.cost_row("int8", "capture", pairs, 10)
+    assert row[-2:] == ["+2.0 %", "≤ 3 %: met"]
+    assert hook_costs.cost_row("int8", "trace", [[1.0, 1.05]], 10)[-1] == "≤ 2 %: missed"
+    row = hook_costs.cost_row("int8", "function", [[0.010, 0.0102]], 10)
+    assert row[-2:] == ["20 µs each", "≤ 50 µs: met"]
+
+
+@pytest.mark.parametrize("model", ["demo:edge", "demo:moe"])
+def test_hooks_measures_every_task_and_cost_of_gemloupe(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+    options = ["--quick", "--dtype", "float32", "--threads", "1", "--json", str(report)]
+    assert hook_costs.main([model, *options]) == 0
+    found = json.loads(report.read_text())
+    tasks = ["a", "b", "c", "d", "e"] if model == "demo:moe" else ["a", "b", "c", "d"]
+    [ours] = found["lines"]
+    assert list(ours["results"]) == tasks and not ours["failed"]
+    assert all(result["peak_rss"] > 0 for [result] in ours["results"].values())
+    traced = ["trace"] if model == "demo:moe" else []
+    assert list(found["costs"]["float32"]) == ["capture", "function", *traced]
+    assert "gemloupe float32, c: 4 tokens" in capsys.readouterr().out
+
+
+def test_a_peer_that_cannot_run_is_named_in_the_notes(tmp_path: Path) -> None:
+    arguments = hook_costs.parse(
+        ["demo:edge", "--quick", "--dtype", "float32", "--peers", "sdpa", "--costs", "--tasks", "a",
+         "--peer-python", "/bin/false"]
+    )  # fmt: skip
+    report, lines = hook_costs.run(arguments)
+    text = hook_costs.report_text(report, lines)
+    assert (
+        "transformers sdpa float32, a: transformers sdpa float32: the process ended with 1" in text
+    )
+    assert "| transformers sdpa float32 | failed |" in text
+
+
+def test_task_e_needs_a_model_with_experts() -> None:
+    with pytest.raises(ValueError, match="task e needs a model with experts"):
+        hook_costs.run(hook_costs.parse(["demo:edge", "--quick", "--tasks", "e"]))
+
+
+def test_every_engine_knows_every_task() -> None:
+    for engine in hook_engines.ENGINES.values():
+        for op in ("residuals", "grid", "steer", "dump", "experts"):
+            assert callable(getattr(engine, op))
