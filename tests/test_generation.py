@@ -222,7 +222,11 @@ def test_timings_count_tokens(folder: Path) -> None:
         ({"cache": [None]}, TypeError, "cache is a list, but x is a single prompt"),
         ({"images": ["a.png"]}, ValueError, "images= is not in this version"),
         ({"adapter": "a"}, ValueError, "adapter= is not in this version"),
-        ({"capture": "embed"}, ValueError, "capture= is not in this version"),
+        (
+            {"routing": "some"},
+            ValueError,
+            "routing is .some.; expected .full. or .experts., or False",
+        ),
         ({"drafter": "x"}, ValueError, "drafter= is not in this version"),
     ],
 )
