@@ -331,7 +331,7 @@ def test_arrays_kept_from_an_edit_function_stay_valid(e2b):
         ({"layers.0.resid_post": np.zeros(3)}, ValueError, r"\[3\].*\[44\]"),
         ({"layers.0.resid_post": lambda x: x[:, :2]}, ValueError, r"\[8, 2\].*\[8, 44\]"),
         ({"layers.0.mlp.out": gl.edits.zero(heads=0)}, ValueError, "no heads"),
-        ({"layers.0.attn.z": gl.edits.zero(heads=9)}, ValueError, "head 9"),
+        ({"layers.0.attn.z": gl.edits.zero(heads=9)}, ValueError, "got 9"),
         ({"layers.0.resid_post": gl.edits.add(np.ones(44), positions=-99)}, ValueError, "-99"),
         ({"layers.0.resid_post": "zero"}, TypeError, "expected a function"),
         ([1, 2], TypeError, "expected a mapping"),

@@ -113,22 +113,23 @@ class ValueEdit : public Edit {
 
 class MaskEdges : public Edit {
  public:
-  MaskEdges(std::vector<int64_t> keys, std::vector<int64_t> heads)
+  MaskEdges(PositionFilter keys, std::vector<int64_t> heads)
       : keys_(std::move(keys)), heads_(std::move(heads)) {}
 
   Status Apply(const Site& site, Matrix x) override {
     const float masked =
         site.point == HookPoint::kAttnScores ? -std::numeric_limits<float>::infinity() : 0.0f;
     ForTargetRows(site, heads_, x, [&](int64_t, float* row) {
-      for (const int64_t key : keys_) {
+      for (const int64_t key : keys_.listed) {
         if (key < x.cols) row[key] = masked;
       }
+      for (int64_t key = keys_.from; key < x.cols; ++key) row[key] = masked;
     });
     return absl::OkStatus();
   }
 
  private:
-  std::vector<int64_t> keys_;
+  PositionFilter keys_;
   std::vector<int64_t> heads_;
 };
 
@@ -210,7 +211,7 @@ StatusOr<EditPtr> MakeValueEdit(ValueEditOptions options) {
   return std::make_shared<ValueEdit>(std::move(options));
 }
 
-EditPtr MakeMaskEdges(std::vector<int64_t> keys, std::vector<int64_t> heads) {
+EditPtr MakeMaskEdges(PositionFilter keys, std::vector<int64_t> heads) {
   return std::make_shared<MaskEdges>(std::move(keys), std::move(heads));
 }
 

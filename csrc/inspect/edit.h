@@ -10,6 +10,7 @@
 #include "base/status.h"
 #include "base/tensor.h"
 #include "inspect/hook_points.h"
+#include "inspect/position_filter.h"
 
 namespace gemloupe {
 
@@ -63,7 +64,7 @@ struct ValueEditOptions {
 StatusOr<EditPtr> MakeValueEdit(ValueEditOptions options);
 
 // Scores of these queries for these keys become −inf (patterns: 0). The queries are the edit's rows.
-EditPtr MakeMaskEdges(std::vector<int64_t> keys, std::vector<int64_t> heads);
+EditPtr MakeMaskEdges(PositionFilter keys, std::vector<int64_t> heads);
 
 // At points of chosen experts ([T, k · W]): what these experts gave becomes `values` [ids, W], or zero
 // where that is empty.

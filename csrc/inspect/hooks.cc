@@ -15,10 +15,7 @@ bool KeepsOneRow(Reduce reduce) { return reduce == Reduce::kMean || reduce == Re
 std::vector<int64_t> SelectedRows(const PositionFilter& filter, const Site& site) {
   std::vector<int64_t> rows;
   for (int64_t t = 0; t < site.rows(); ++t) {
-    // Cached positions are not rows of the pass: nothing is left out.
-    if (IsCached(site.point) || filter.Has(site.positions[static_cast<size_t>(t)])) {
-      rows.push_back(t);
-    }
+    if (filter.Has(site.positions[static_cast<size_t>(t)])) rows.push_back(t);
   }
   return rows;
 }
@@ -123,6 +120,8 @@ bool Hooks::HasInputs() const {
 
 bool Hooks::Needs(int64_t position, int layer, int num_layers) const {
   for (const auto& [key, point] : points_) {
+    // The rows that have logits are computed without being asked for.
+    if (point.point >= HookPoint::kLogitsRaw) continue;
     if (EffectiveLayer(point.point, point.layer, num_layers) < layer) continue;
     for (const PointEdit& edit : point.edits) {
       if (edit.filter.Has(position)) return true;
@@ -173,8 +172,10 @@ Status Hooks::ApplyEdit(const PointEdit& edit, const Site& site, Matrix x) {
   for (int64_t row = 0; row < x.rows; ++row) {
     for (int64_t i = 0; i < x.cols; ++i) {
       const float value = x.row(row)[i];
-      // Masked scores are −inf by themselves.
-      const bool masked = site.point == HookPoint::kAttnScores && value < 0.0f;
+      // Masked scores, and those of experts that are taken away, are −inf on purpose.
+      const bool masked =
+          (site.point == HookPoint::kAttnScores || site.point == HookPoint::kRouterLogits) &&
+          value < 0.0f;
       if (std::isfinite(value) || (masked && std::isinf(value))) continue;
       return absl::InvalidArgumentError(
           absl::StrCat("edit of ", HookName(site.point, site.layer), ": got ", value,
@@ -191,6 +192,13 @@ void Hooks::Append(Capture& capture, const Site& site, ConstMatrix x) {
   const int64_t all = site.rows();
   if (IsByHead(site.point) || IsCached(site.point)) {
     const int64_t heads = std::max<int64_t>(1, site.heads);
+    if (IsCached(site.point) &&
+        !site.decoding) {  // a prompt's last pass has the earlier ones' rows
+      Mark& mark = marks_[static_cast<size_t>(&capture - captures_.data())];
+      mark.parts_before = std::exchange(capture.parts, {});
+      mark.values_before = std::exchange(capture.values, {});
+      mark.positions_before = std::exchange(capture.positions, {});
+    }
     capture.parts.push_back({site.heads, static_cast<int64_t>(rows.size()), x.cols});
     for (int64_t head = 0; head < heads; ++head) {
       for (const int64_t t : rows) {
@@ -243,26 +251,37 @@ void Hooks::BeginPass(bool decoding) {
   decoding_ = decoding;
   marks_.clear();
   for (const Capture& capture : captures_) {
-    Mark mark{
-        capture.values.size(), capture.positions.size(), capture.parts.size(), capture.rows, {}};
-    if (KeepsOneRow(capture.reduce)) mark.reduced = capture.values;
+    Mark mark{capture.values.size(),
+              capture.positions.size(),
+              capture.parts.size(),
+              capture.rows,
+              {},
+              {},
+              {}};
+    if (KeepsOneRow(capture.reduce)) mark.values_before = capture.values;
     marks_.push_back(std::move(mark));
   }
 }
 
 void Hooks::EndPass(bool ok) {
   if (ok) {
+    marks_.clear();
     ++step_;
     return;
   }
   for (size_t i = 0; i < captures_.size(); ++i) {
     Capture& capture = captures_[i];
-    const Mark& mark = marks_[i];
+    Mark& mark = marks_[i];
+    if (!mark.parts_before.empty()) {
+      capture.parts = std::move(mark.parts_before);
+      capture.values = std::move(mark.values_before);
+      capture.positions = std::move(mark.positions_before);
+    }
     capture.values.resize(mark.values);
     capture.positions.resize(mark.positions);
     capture.parts.resize(mark.parts);
     capture.rows = mark.rows;
-    if (KeepsOneRow(capture.reduce)) capture.values = mark.reduced;
+    if (KeepsOneRow(capture.reduce)) capture.values = mark.values_before;
   }
 }
 

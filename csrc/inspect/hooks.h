@@ -99,7 +99,10 @@ class Hooks {
   struct Mark {
     size_t values, positions, parts;
     int64_t rows;
-    std::vector<float> reduced;  // values of captures that keep one row
+    // What captures that keep one row, or one pass of the prompt, held.
+    std::vector<float> values_before;
+    std::vector<int64_t> positions_before;
+    std::vector<Capture::Part> parts_before;
   };
 
   static int Key(HookPoint point, int layer) { return (layer + 1) * 256 + static_cast<int>(point); }

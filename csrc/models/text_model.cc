@@ -33,6 +33,19 @@ Status CheckIds(const TextConfig& config, const std::vector<int32_t>& ids) {
   return absl::OkStatus();
 }
 
+// Marks this thread as the one that runs a pass, until the pass ends or throws (std::bad_alloc).
+class Driving {
+ public:
+  explicit Driving(std::atomic<std::thread::id>& thread) : thread_(thread) {
+    thread_.store(std::this_thread::get_id());
+  }
+  Driving(const Driving&) = delete;
+  ~Driving() { thread_.store({}); }
+
+ private:
+  std::atomic<std::thread::id>& thread_;
+};
+
 }  // namespace
 
 StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, WeightStore weights,
@@ -108,7 +121,7 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
         "load another model");
   }
   const ThreadPool::Pass pass(threads());
-  driving_.store(std::this_thread::get_id());
+  const Driving driving(driving_);
   for (const Segment& segment : request.batch.segments) segment.cache->Reserve(segment.rows);
   PassHooks hooks;
   hooks.of_segment = request.hooks;
@@ -133,7 +146,6 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
     status.Update(hooks.status);
   }
   arena_.ShrinkTo(kKeptScratch);
-  driving_.store({});
   each_hook([&](Hooks& of) { of.EndPass(status.ok()); });
   if (!status.ok()) return status;
   for (const Segment& segment : request.batch.segments) {

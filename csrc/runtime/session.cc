@@ -41,7 +41,7 @@ Status CheckSampling(const TextModel& model, const SamplingOptions& options) {
 }  // namespace
 
 StatusOr<int> Session::Submit(RowRequest request) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   if (request.ids.empty()) {
     return absl::InvalidArgumentError("the prompt has no tokens; expected at least one (BOS)");
   }
@@ -78,7 +78,7 @@ StatusOr<int> Session::Submit(RowRequest request) {
 }
 
 StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& stopped) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   std::vector<int> decoding;
   for (int i = 0; i < static_cast<int>(rows_.size()); ++i) {
     const Row& row = *rows_[static_cast<size_t>(i)];
@@ -194,14 +194,14 @@ Status Session::CheckRow(int row) const {
 }
 
 Status Session::Cancel(int row) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   GL_RETURN_IF_ERROR(CheckRow(row));
   rows_[static_cast<size_t>(row)]->done = true;
   return absl::OkStatus();
 }
 
 Status Session::Rollback(int row) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   GL_RETURN_IF_ERROR(CheckRow(row));
   Row& ended = *rows_[static_cast<size_t>(row)];
   ended.done = true;
@@ -215,13 +215,13 @@ Status Session::Rollback(int row) {
 }
 
 int Session::active() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   return static_cast<int>(
       std::count_if(rows_.begin(), rows_.end(), [](const auto& row) { return !row->done; }));
 }
 
 StatusOr<std::shared_ptr<KvCache>> Session::Cache(int row) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
   GL_RETURN_IF_ERROR(CheckRow(row));
   return rows_[static_cast<size_t>(row)]->request.cache;
 }

@@ -85,7 +85,8 @@ class Session {
 
   std::shared_ptr<TextModel> model_;
   int64_t chunk_;
-  mutable std::mutex mutex_;  // one call at a time, from whatever thread
+  // One thread at a time; an edit function may end rows of the step that calls it.
+  mutable std::recursive_mutex mutex_;
   std::vector<std::unique_ptr<Row>> rows_;
   size_t next_decode_ = 0;  // where the next group of decoding rows begins
   std::vector<float> logits_;

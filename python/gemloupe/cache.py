@@ -251,6 +251,10 @@ class KvCache:
         if not any(note.kind == kind and note.detail == detail for note in self._notes):
             self._notes.append(CacheNote(kind, detail, self.length))
 
+    def forget(self, kept: Iterable[CacheNote]) -> None:
+        """Makes `provenance` what it was, after a call that raised."""
+        self._notes = list(kept)
+
     def note_adapter(self, adapter: str = BASE) -> None:
         """Notes that the next entries are computed under `adapter`, in front of a pass.
 

@@ -134,16 +134,25 @@ class Options:
     routing: Any = False
     check_finite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.capture is None or isinstance(self.capture, (str, Mapping)):
+            return
+        try:
+            names = list(self.capture)  # The rows of a batch each read it; an iterator gives once.
+        except TypeError:
+            raise TypeError(
+                f"capture is {quoted(self.capture)}; expected names or patterns, or a mapping from "
+                "them to positions"
+            ) from None
+        object.__setattr__(self, "capture", names)
+
 
 def parse(options: Options, edit: Any, config: TextConfig) -> Request:
     """Returns the request for one row's `edit`.
 
     ValueError and KeyError for what is not understood, naming it.
     """
-    wanted: list[Wanted] = []
-    lacking: list[str] = []
-    if _given(options.capture):
-        wanted, lacking = parse_capture(options.capture, config)
+    wanted, lacking = parse_capture(options.capture or (), config)
     changes, lacking_edits = parse_edit(edit, config)
     skipped = tuple(sorted({*lacking, *lacking_edits}))
     level = routing.check_level(options.routing)
@@ -151,10 +160,6 @@ def parse(options: Options, edit: Any, config: TextConfig) -> Request:
     for name, reduce in routing.hook_points(level, config).items():
         wanted.append(Wanted(_TRACE + name, points[name], False, At(None, reduce)))
     return Request(tuple(wanted), tuple(changes), skipped, options.check_finite, level)
-
-
-def _given(capture: Any) -> bool:
-    return capture is not None and (not hasattr(capture, "__len__") or len(capture) > 0)
 
 
 def row_edits(edit: Any, rows: int | None) -> list[Any]:
@@ -203,7 +208,8 @@ class BoundHooks:
         """Returns what was captured, and the router trace; call it once, after the last pass.
 
         `joined`: scores and patterns of several passes become one array, else a list of them. `ids`
-        and `tokens` (their strings) are those of all passes, for the trace.
+        and `tokens` (their strings) are those of all passes, for the trace; those that a call which
+        ended early has not read are left out.
         """
         arrays: dict[str, Any] = {}
         positions: dict[str, np.ndarray] = {}
@@ -220,8 +226,14 @@ class BoundHooks:
         if traced:
             held = positions[next(iter(traced))]
             points = {name.removeprefix(_TRACE): array for name, array in traced.items()}
+            read = len(held)
             trace = routing.make_trace(
-                self.request.routing, points, ids, held, tokens, self._config
+                self.request.routing,
+                points,
+                ids[:read],
+                held,
+                lambda: tokens()[:read],
+                self._config,
             )
         kept = {name: array for name, array in arrays.items() if name not in traced}
         return Captured(kept, positions, self._config), trace

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe import _core, hooks
-from gemloupe.arrays import as_float32
+from gemloupe.arrays import as_float32, check_shape
 from gemloupe.config import TextConfig
 from gemloupe.errors import format_shape, one_of, quoted
 from gemloupe.positions import Positions, Span, resolve
@@ -76,7 +76,7 @@ class Edit:
 
         Raises ValueError where the point does not take this edit, naming shapes.
         """
-        if self.rows is not None and site.row not in np.atleast_1d(self.rows):
+        if self.rows is not None and site.row not in _numbers(self.rows, "rows", 2**31):
             return []
         if not site.point.editable:
             raise ValueError(f"{site.point.name} can't be edited")
@@ -112,9 +112,17 @@ def project_out(v: Any, *, positions: Any = None, heads: Any = None, rows: Any =
 
     ValueError if v is zero.
     """
-    if not np.any(np.asarray(as_float32(v, "v"))):
+    direction = as_float32(v, "v")
+    if not np.any(direction):
         raise ValueError("project_out: v is zero; expected a direction")
-    return _value_edit("project_out", v, positions, heads, rows)
+
+    def bind(edit: Edit, site: Site, where: Positions) -> list[Bound]:
+        shape, _columns = _targeted(edit.heads, site)
+        if len(shape) > direction.ndim:  # Repeated, it would be one direction through all heads.
+            check_shape(direction, f"project_out at {site.point.name}: v", shape)
+        return _bind_value("project_out", direction, edit, site, where)
+
+    return Edit("project_out", bind, positions, heads, rows)
 
 
 def mean(stats: Any, *, positions: Any = None, heads: Any = None, rows: Any = None) -> Edit:
@@ -125,7 +133,7 @@ def mean(stats: Any, *, positions: Any = None, heads: Any = None, rows: Any = No
 
     def bind(edit: Edit, site: Site, where: Positions) -> list[Bound]:
         value = stats[site.point.name] if isinstance(stats, Mapping) else stats
-        return [_bind_value("set", value, edit, site, where)]
+        return _bind_value("set", value, edit, site, where)
 
     return Edit("mean", bind, positions, heads, rows)
 
@@ -147,8 +155,20 @@ def patch(
 
     def bind(edit: Edit, site: Site, where: Positions) -> list[Bound]:
         name = site.point.name
+        if not hasattr(run, "positions_of"):
+            raise TypeError(f"patch: got {type(run).__name__}; expected what model.run returned")
+        if site.shape == (-1,):
+            raise ValueError(
+                f"patch at {name}, whose columns change with every pass; patch attn.z, or use a "
+                "function"
+            )
         values = np.asarray(run[name])
         held = np.asarray(run.positions_of(name))
+        if values.shape != (len(held), *site.shape):
+            raise ValueError(
+                f"patch: the run has {name} of shape {format_shape(values.shape)}; expected "
+                f"{format_shape((len(held), *site.shape))}, captured without reduce="
+            )
         source = Span(run.prompt, int(run.positions[0]))
         if source_positions is None:
             wanted = [p for p in held.tolist() if _contains(where, p)]
@@ -177,7 +197,7 @@ def patch(
         rows_of = values[[index[position] for position in wanted]]
         if edit.heads is not None:
             rows_of = rows_of[:, _head_list(edit.heads, site)]
-        return [_bind_value("set", rows_of, edit, site, Positions(tuple(targets), None))]
+        return _bind_value("set", rows_of, edit, site, Positions(tuple(targets), None))
 
     return Edit("patch", bind, positions, heads, rows)
 
@@ -197,12 +217,11 @@ def mask_edges(queries: Any, keys: Any, *, heads: Any = None, rows: Any = None) 
             raise ValueError(
                 f"mask_edges at {site.point.name}; expected attn.scores or attn.pattern"
             )
-        resolved = resolve(keys, site.span)
-        listed = list(resolved.listed)
-        if resolved.begin is not None:
-            listed += range(resolved.begin, site.span.end)
         chosen = [] if edit.heads is None else _head_list(edit.heads, site)
-        return [(site.point, where, _core.mask_edges(listed, chosen))]
+        if edit.heads is not None and not chosen:
+            return []
+        hidden = resolve(keys, site.span).core()
+        return [(site.point, where, _core.mask_edges(hidden, chosen))]
 
     return Edit("mask_edges", bind, queries, heads, rows)
 
@@ -262,7 +281,14 @@ def ablate_experts(
 
     def bind(edit: Edit, site: Site, where: Positions) -> list[Bound]:
         chosen = _expert_list(ids, site, "ablate_experts")
+        if not chosen:
+            return []
         if mode == "mask":
+            if len({*chosen}) == site.config.num_experts:
+                raise ValueError(
+                    f'ablate_experts(mode="mask"): got all {site.config.num_experts} experts; '
+                    'expected to leave one, or mode="zero"'
+                )
             target = site.sibling("router.logits")
             ranges = [(expert, expert + 1) for expert in chosen]
             core = _core.value_edit("set", np.full(1, -np.inf, np.float32), [], ranges, [])
@@ -321,10 +347,10 @@ def force_experts(
                 f"force_experts: got experts {quoted(chosen)}; expected {count} different ones"
             )
         experts = site.sibling("router.experts")
-        bound = [_bind_value("set", np.array(chosen, np.float32), edit, experts, where)]
+        bound = _bind_value("set", np.array(chosen, np.float32), edit, experts, where)
         if weights is not None:
             value = as_float32(weights, "weights", (count,))
-            bound.append(_bind_value("set", value, edit, site.sibling("router.weights"), where))
+            bound += _bind_value("set", value, edit, site.sibling("router.weights"), where)
         return bound
 
     return Edit("force_experts", bind, positions, None, rows)
@@ -347,19 +373,20 @@ def function(fn: Callable[..., Any], *, positions: Any = None, rows: Any = None)
         point = site.point
 
         def call(x: np.ndarray, positions: np.ndarray, decoding: bool, step: int) -> np.ndarray:
+            shape = x.shape  # fn may change that of x, too.
             if takes_at:
                 phase = "decode" if decoding else "prefill"
                 at = At(point.name, point.layer, positions, site.row, phase, step)
                 result = fn(x, at)
             else:
                 result = fn(x)
-            if result is None:
-                return x
-            array = as_float32(result, f"the value of the edit function of {point.name}")
-            if array.shape != x.shape:
+            edited = x if result is None else result
+            array = as_float32(edited, f"the value of the edit function of {point.name}")
+            if array.shape != shape:
+                how = "left" if result is None else "returned"
                 raise ValueError(
-                    f"edit of {point.name}: the function returned {format_shape(array.shape)}, "
-                    f"expected {format_shape(x.shape)}"
+                    f"edit of {point.name}: the function {how} {format_shape(array.shape)}, "
+                    f"expected {format_shape(shape)}"
                 )
             return array
 
@@ -390,13 +417,14 @@ def as_edits(value: Any, name: str) -> list[Edit]:
     """
     if isinstance(value, Edit):
         return [value]
-    if isinstance(value, (list, tuple)) and value and not np.isscalar(value[0]):
-        if all(isinstance(one, Edit) or callable(one) for one in value):
+    if isinstance(value, (list, tuple)):
+        # A list without edits and functions is an array.
+        if not value or any(isinstance(one, Edit) or callable(one) for one in value):
             return [edit for one in value for edit in as_edits(one, name)]
     if (
         hasattr(value, "__array__")
         or hasattr(value, "__dlpack__")
-        or isinstance(value, (list, float, int))
+        or isinstance(value, (list, tuple, float, int))
     ):
         return [set(as_float32(value, f"edit of {name}"))]
     return [function(value)]
@@ -405,30 +433,28 @@ def as_edits(value: Any, name: str) -> list[Edit]:
 # --- what the functions above share ---
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "__array__") or hasattr(value, "__dlpack__")
-
-
 def _value_edit(
     op: str, value: Any, positions: Any, heads: Any, rows: Any, kind: str | None = None
 ) -> Edit:
     def bind(edit: Edit, site: Site, where: Positions) -> list[Bound]:
-        return [_bind_value(op, value, edit, site, where)]
+        return _bind_value(op, value, edit, site, where)
 
     return Edit(kind or op, bind, positions, heads, rows)
 
 
-def _bind_value(op: str, value: Any, edit: Edit, site: Site, where: Positions) -> Bound:
+def _bind_value(op: str, value: Any, edit: Edit, site: Site, where: Positions) -> list[Bound]:
     array = as_float32(value, f"edit of {site.point.name}")
+    heads = [] if edit.heads is None else _head_list(edit.heads, site)
+    if edit.heads is not None and not heads:
+        return []
     by_head = site.shape == (-1,)
     if by_head:
-        heads = [] if edit.heads is None else _head_list(edit.heads, site)
         if array.ndim > 0:
             raise ValueError(
                 f"edit of {site.point.name}: got an array of {format_shape(array.shape)}, whose "
                 "columns change with every pass; expected a number, or a function"
             )
-        return site.point, where, _core.value_edit(op, array.reshape(1), [], [], heads)
+        return [(site.point, where, _core.value_edit(op, array.reshape(1), [], [], heads))]
     shape, columns = _targeted(edit.heads, site)
     rows_at: list[int] = []
     if array.ndim > 0:
@@ -438,7 +464,7 @@ def _bind_value(op: str, value: Any, edit: Edit, site: Site, where: Positions) -
         array = array[np.argsort(rows_at, kind="stable")]
         rows_at = sorted(rows_at)
     flat = array.reshape(max(1, len(rows_at)), -1)
-    return site.point, where, _core.value_edit(op, flat, rows_at, columns, [])
+    return [(site.point, where, _core.value_edit(op, flat, rows_at, columns, []))]
 
 
 def _targeted(heads: Any, site: Site) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
@@ -457,11 +483,19 @@ def _head_list(heads: Any, site: Site) -> list[int]:
     if letters[axis] not in ("N", "K"):
         raise ValueError(f"heads= at {site.point.name} {site.point.shape}, which has no heads")
     count = site.config.num_attention_heads if axis == 0 else site.shape[0]
-    chosen = [int(head) for head in np.atleast_1d(np.asarray(heads))]
-    for head in chosen:
-        if not -count <= head < count:
-            raise ValueError(f"head {head} at {site.point.name}; expected 0 to {count - 1}")
+    chosen = _numbers(heads, f"heads at {site.point.name}", count, negative=True)
     return sorted({head % count for head in chosen})
+
+
+def _numbers(values: Any, what: str, count: int, *, negative: bool = False) -> list[int]:
+    """One index or several, below `count`; a boolean mask is none, as 0 and 1 are numbers too."""
+    array = np.atleast_1d(np.asarray(values))
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{what}: got {quoted(values)}; expected a number or a list of numbers")
+    for number in array.tolist():
+        if not (-count if negative else 0) <= number < count:
+            raise ValueError(f"{what}: got {number}; expected 0 to {count - 1}")
+    return [int(number) for number in array]
 
 
 def _expert_list(ids: Any, site: Site, what: str) -> list[int]:
@@ -469,11 +503,7 @@ def _expert_list(ids: Any, site: Site, what: str) -> list[int]:
     if ".router." not in name and ".experts." not in name:
         raise ValueError(f"{what} at {name}; expected a router or experts point of a layer")
     count = site.config.num_experts
-    chosen = [int(expert) for expert in np.atleast_1d(np.asarray(ids))]
-    for expert in chosen:
-        if not 0 <= expert < count:
-            raise ValueError(f"{what}: expert {expert}; expected 0 to {count - 1}")
-    return chosen
+    return _numbers(ids, f"{what}: experts", count)
 
 
 def _fit(

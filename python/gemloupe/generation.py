@@ -266,8 +266,8 @@ class _Row:
         captured: Mapping[str, Any] = {}
         trace = None
         if self.hooks:
-            # The last token is chosen, not read.
-            read = np.concatenate([self.prompt.ids, ids[:-1]])
+            # The last token is chosen, not read, unless the row was closed while it was being read.
+            read = np.concatenate([self.prompt.ids, ids])
             tokenizer = self.prompt.tokenizer
             captured, trace = self.hooks.take(read, lambda: tokenizer.tokens(read), joined=False)
         return Output(
@@ -303,11 +303,14 @@ class Generation:
         self._rows = rows
         self._session = model.new_session()
         self._numbers: list[int] = []
-        for index, row in enumerate(self._rows):
-            if stream or row.options.stop_strings:
-                row.read_text()
-            self._bind_hooks(row, index)
-            self._numbers.append(self._session.submit(self._request(row, softcap)))
+        self._edited = [row.cache for row in rows if row.cache is not None and row.request.edits]
+        self._notes = [cache.provenance for cache in self._edited]
+        with cache_edits.forgotten_on_error(self._edited):
+            for index, row in enumerate(self._rows):
+                if stream or row.options.stop_strings:
+                    row.read_text()
+                self._bind_hooks(row, index)
+                self._numbers.append(self._session.submit(self._request(row, softcap)))
         self._bar = _PrefillBar(sum(len(row.prompt) for row in self._rows))
         self._collectors = _routing.collectors(model)
         self._outputs: list[Output] | None = None
@@ -383,6 +386,8 @@ class Generation:
             if row.cache is not None and row.finish_reason:
                 self._session.rollback(number)
         self._end(self._session.rollback)
+        for cache, notes in zip(self._edited, self._notes, strict=True):
+            cache.forget(notes)
 
     def _end(self, end_row: Callable[[int], None]) -> list[Piece]:
         pieces = []

@@ -12,6 +12,9 @@ from gemloupe import _core
 from gemloupe.errors import one_of, quoted
 from gemloupe.prompt import KINDS, Prompt
 
+# Tokens of the longest sequence that a model of the family takes: a slice's later stop is no end.
+_LONGEST = 1 << 18
+
 WORDS = ("prompt", "generated", "last", "answer")
 
 
@@ -87,6 +90,8 @@ def resolve(positions: Any, span: Span) -> Positions:
 
 def _absolute(position: int, span: Span) -> int:
     resolved = span.end + position if position < 0 else position
+    if resolved >= 2**31:
+        raise ValueError(f"position {position} is beyond every sequence; expected below 2**31")
     if resolved < 0:
         raise ValueError(
             f"position {position} is before the start: the prompt ends at {span.end}; expected "
@@ -100,11 +105,9 @@ def _resolve_slice(positions: slice, span: Span) -> Positions:
     if step < 1:
         raise ValueError(f"positions is {positions!r}; expected a step of 1 or more")
     start = 0 if positions.start is None else _absolute(positions.start, span)
-    if positions.stop is not None:
-        return _listed(range(start, _absolute(positions.stop, span), step))
-    if step == 1:
-        return Positions((), start)
-    return _listed(range(start, span.end, step))
+    if positions.stop is None or positions.stop > _LONGEST:
+        return Positions((), start) if step == 1 else _listed(range(start, span.end, step))
+    return _listed(range(start, _absolute(positions.stop, span), step))
 
 
 def _resolve_word(word: str, span: Span) -> Positions:

@@ -11,6 +11,7 @@ import numpy as np
 from gemloupe import _core, cache_edits, capturing, rerun
 from gemloupe import routing as _routing
 from gemloupe.cache import KvCache, row_caches
+from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
@@ -118,9 +119,10 @@ def run(
     runs = []
     before = [(given, given.fork()) for given in caches if given is not None and batch]
     try:
-        for i, prompt in enumerate(prompts if batch else [prompts]):
-            options = _RowOptions(i, caches[i], logits, requests[i], cap, chunk, keep)
-            runs.append(_run_row(model, prompt, options))
+        with cache_edits.forgotten_on_error(caches):
+            for i, prompt in enumerate(prompts if batch else [prompts]):
+                options = _RowOptions(i, caches[i], logits, requests[i], cap, chunk, keep)
+                runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
             given.core.restore(fork.core)
@@ -174,6 +176,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)
     positions = np.arange(span.first, span.end)
+    values = _of_slice(values, options.logits, text)
     return Run(prompt, values, captured, used, positions, request.skipped, trace, kept, model)
 
 
@@ -201,7 +204,15 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     )  # fmt: skip
     captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
     positions = np.arange(span.first, span.end)
+    values = _of_slice(values, options.logits, text)
     return Run(prompt, values, captured, used, positions, request.skipped, trace, model=model)
+
+
+def _of_slice(values: np.ndarray | None, logits: LogitsRows, config: TextConfig) -> Any:
+    """A slice without rows has logits, none of them; the engine gives None."""
+    if values is not None or logits is None:
+        return values
+    return np.zeros((0, config.vocab_size), np.float32)
 
 
 def logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:
