@@ -82,11 +82,12 @@ class Line:
         return [scaled(result) for result in self.results.get(task, [])]
 
 
-def scaled(result: dict[str, Any]) -> float:
-    """Seconds of a task; of a sampled grid those that all of its cells would take."""
+def scaled(result: dict[str, Any], kind: str = "seconds") -> float:
+    """Seconds of a task ("cpu": of all CPUs); of a sampled grid what all its cells would take."""
     if "each" not in result:
-        return float(result["seconds"])
-    return float(result["before"] + statistics.mean(result["each"]) * result["all_cells"])
+        return float(result[kind])
+    whole = result["before"] + statistics.mean(result["each"]) * result["all_cells"]
+    return float(whole * result[kind] / result["seconds"])
 
 
 def sample_cells(layers: int, positions: int, count: int) -> list[list[int]]:
@@ -159,10 +160,7 @@ def measure(line: Line, arguments: argparse.Namespace, text: TextConfig) -> None
 
 def measure_costs(dtype: str, arguments: argparse.Namespace, text: TextConfig) -> dict[str, Any]:
     """Pairs of seconds [without, with] hooks, by name of COSTS."""
-    load = {
-        "engine": "gemloupe", "path": arguments.checkpoint, "threads": arguments.threads,
-        "dtype": dtype,
-    }  # fmt: skip
+    load = own_load(dtype, arguments)
     prompt = [2, *random_ids(arguments.cost_length - 1, text.vocab_size, [arguments.seed, 6])]
     new, rounds = arguments.cost_new, arguments.cost_rounds
     found: dict[str, Any] = {}
@@ -237,7 +235,7 @@ def task_table(report: dict[str, Any], lines: Sequence[Line], task: str) -> str:
     rows = []
     for line in lines:
         if line.is_peer and task in line.failed:
-            rows.append([line.name, "failed", "-", "-", "-"])
+            rows.append([line.name, "failed", "-", "-", "-", "-"])
         results = line.results.get(task)
         if not results:
             continue
@@ -250,9 +248,10 @@ def task_table(report: dict[str, Any], lines: Sequence[Line], task: str) -> str:
                 goal = f"{wanted}x: {'met' if ratios[line.name][0] >= wanted else 'missed'}"
         seconds = line.seconds(task)
         digits = 2 if min(seconds) >= 1 else 4
-        rows.append([line.name, cell(seconds, digits), f"{peak:.2f}", times, goal])
+        cpu = cell([scaled(result, "cpu") for result in results], digits)
+        rows.append([line.name, cell(seconds, digits), cpu, f"{peak:.2f}", times, goal])
     title = f"**{task}: {TASKS[task].format(**report['sizes'])}**"
-    head = ["engine", "seconds", "peak RSS, GiB", "against the fastest peer", "goal"]
+    head = ["engine", "seconds", "CPU seconds", "peak RSS, GiB", "against the fastest peer", "goal"]
     return f"{title}\n\n{markdown(head, rows)}"
 
 
@@ -306,10 +305,17 @@ def report_text(report: dict[str, Any], lines: Sequence[Line]) -> str:
     return "\n\n".join([*tables, *(task_table(report, lines, task) for task in report["tasks"])])
 
 
+def own_load(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Loads the converted folder where there is one, so that nothing is packed at loading."""
+    load = {"engine": "gemloupe", "path": arguments.checkpoint, "threads": arguments.threads}
+    packed = dict(entry.split("=", 1) for entry in arguments.packed)
+    return {**load, "path": packed[dtype]} if dtype in packed else {**load, "dtype": dtype}
+
+
 def choose_lines(arguments: argparse.Namespace) -> list[Line]:
     shared = {"path": arguments.checkpoint, "threads": arguments.threads}
     lines = [
-        Line(f"gemloupe {dtype}", dtype, {"engine": "gemloupe", "dtype": dtype, **shared}, False)
+        Line(f"gemloupe {dtype}", dtype, own_load(dtype, arguments), False)
         for dtype in arguments.dtype
     ]
     for peer in arguments.peers:
@@ -328,6 +334,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", choices=[*PEERS], default=[])
     parser.add_argument("--peer-python", default=sys.executable, metavar="FILE")
     parser.add_argument("--dtype", nargs="+", default=["float32", "int8", "int4"])
+    parser.add_argument("--packed", nargs="*", default=[], metavar="DTYPE=FOLDER",
+                        help="the checkpoint as gemloupe convert wrote it")  # fmt: skip
     parser.add_argument("--peer-dtype", nargs="+", default=["float32"])
     parser.add_argument("--unhooked", type=Path, metavar="FOLDER",
                         help="holds a gemloupe package from before hooks")  # fmt: skip
@@ -355,6 +363,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         vars(arguments).update(QUICK, rounds=1, peer_rounds=1)
+    if strange := [entry for entry in arguments.packed if "=" not in entry]:
+        parser.error(f"--packed has {strange[0]}; expected DTYPE=FOLDER")
     counts = ("rounds", "peer_rounds", "new", "sample", "cost_new", "cost_rounds", "threads")
     for name in counts:
         if getattr(arguments, name) < 1:
