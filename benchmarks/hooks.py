@@ -121,7 +121,10 @@ def command(task: str, text: TextConfig, sizes: argparse.Namespace, folder: str)
             "op": "dump", "prompts": prompts(sizes.dump, sizes.dump_length, 3),
             "layer": sizes.dump_layer, "folder": folder,
         }  # fmt: skip
-    pairs = [[i % layers, (7 * i + 3) % text.num_experts] for i in range(sizes.ablations)]
+    pairs = [
+        [(2 * i + 1) * layers // (2 * sizes.ablations) % layers, (7 * i + 3) % text.num_experts]
+        for i in range(sizes.ablations)
+    ]
     return {
         "op": "experts", "prompts": prompts(sizes.expert_prompts, sizes.expert_length, 4),
         "pairs": pairs,
@@ -329,6 +332,8 @@ def choose_lines(arguments: argparse.Namespace) -> list[Line]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="costs of hooks, alone and beside other libraries")
     parser.add_argument("checkpoint", help="a checkpoint folder, or demo:edge and the like")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE",
+                        help="only report what --json wrote in several runs")  # fmt: skip
     parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=None)
     parser.add_argument("--costs", nargs="*", choices=[*COSTS], default=None, help="own costs")
     parser.add_argument("--peers", nargs="*", choices=[*PEERS], default=[])
@@ -420,9 +425,43 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Line]]:
     return report, lines
 
 
+def merged(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Line]]:
+    """One report of several runs of the same model and sizes, made in pieces.
+
+    ValueError for pieces that differ in more than tasks, rounds and costs.
+    """
+    pieces = [json.loads(path.read_text()) for path in paths]
+    report = pieces[0]
+    lines: dict[str, Line] = {}
+    for path, piece in zip(paths, pieces, strict=True):
+        for name in ("model", "cpu", "isa", "threads", "sizes", "gemloupe"):
+            if piece[name] != report[name]:
+                raise ValueError(
+                    f"{path}: {name} is {piece[name]}; expected {report[name]}, as in {paths[0]}"
+                )
+        for entry in piece["lines"]:
+            line = lines.setdefault(entry["name"], Line(**{**entry, "results": {}, "failed": {}}))
+            for task, results in entry["results"].items():
+                line.results.setdefault(task, []).extend(results)
+            line.failed |= entry["failed"]
+        if piece is report:
+            continue
+        report["tasks"] += [task for task in piece["tasks"] if task not in report["tasks"]]
+        report["busy_cpus"] += piece["busy_cpus"]
+        report["versions"] |= piece["versions"]
+        for dtype, found in piece["costs"].items():
+            report["costs"].setdefault(dtype, {}).update(found)
+    report["tasks"].sort()
+    counts = {peer: [len(results) for line in lines.values() if line.is_peer is peer
+                     for results in line.results.values()] for peer in (False, True)}  # fmt: skip
+    report["rounds"] = min(counts[False], default=report["rounds"])
+    report["peer_rounds"] = min(counts[True], default=report["peer_rounds"])
+    return report, list(lines.values())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    report, lines = run(arguments)
+    report, lines = merged(arguments.merge) if arguments.merge else run(arguments)
     print(report_text(report, lines))
     if arguments.json:
         everything = {**report, "lines": [asdict(line) for line in lines]}

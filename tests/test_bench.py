@@ -597,6 +597,14 @@ def test_hooks_measures_every_task_and_cost_of_gemloupe(
     traced = ["trace"] if model == "demo:moe" else []
     assert list(found["costs"]["float32"]) == ["capture", "function", *traced]
     assert "gemloupe float32, c: 4 tokens" in capsys.readouterr().out
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**found, "tasks": ["a"], "costs": {}}))
+    merged, [line] = hook_costs.merged([report, other])
+    assert [len(line.results[task]) for task in tasks] == [2 for _ in tasks]
+    assert merged["tasks"] == tasks and merged["costs"] == found["costs"] and merged["rounds"] == 2
+    other.write_text(json.dumps({**found, "threads": 64}))
+    with pytest.raises(ValueError, match="other.json: threads is 64; expected 1, as in"):
+        hook_costs.merged([report, other])
 
 
 def test_a_peer_that_cannot_run_is_named_in_the_notes(tmp_path: Path) -> None:
