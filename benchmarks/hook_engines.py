@@ -11,7 +11,8 @@ Commands, as in serve_engine.py (JSON in, JSON out); prompts are lists of ids, a
     experts    prompts, pairs. The last logits without one expert, for each (layer, expert).
     plain      prompt, new. Seconds of reading the prompt, and of each decoded token after it.
     cost       what, prompt, new, rounds. See Gemloupe.cost.
-Each but load answers seconds, and the largest memory of this command (peak_rss, bytes).
+Each but load answers seconds, CPU seconds of all threads (cpu), and the largest memory of this
+command (peak_rss, bytes).
 """
 
 from __future__ import annotations
@@ -433,10 +434,10 @@ class Server:
             self._engine = ENGINES[command.pop("engine")](**command)
             return {"seconds": self._engine.load_seconds, **self._engine.about()}
         reset_peak()
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         found = getattr(self._engine, op)(**command)
-        seconds = time.perf_counter() - begin
-        return {"seconds": seconds, "peak_rss": memory()["VmHWM"], **found}
+        times = {"seconds": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
+        return {**times, "peak_rss": memory()["VmHWM"], **found}
 
 
 if __name__ == "__main__":

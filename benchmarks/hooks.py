@@ -82,11 +82,12 @@ class Line:
         return [scaled(result) for result in self.results.get(task, [])]
 
 
-def scaled(result: dict[str, Any]) -> float:
-    """Seconds of a task; of a sampled grid those that all of its cells would take."""
+def scaled(result: dict[str, Any], kind: str = "seconds") -> float:
+    """Seconds of a task ("cpu": of all CPUs); of a sampled grid what all its cells would take."""
     if "each" not in result:
-        return float(result["seconds"])
-    return float(result["before"] + statistics.mean(result["each"]) * result["all_cells"])
+        return float(result[kind])
+    whole = result["before"] + statistics.mean(result["each"]) * result["all_cells"]
+    return float(whole * result[kind] / result["seconds"])
 
 
 def sample_cells(layers: int, positions: int, count: int) -> list[list[int]]:
@@ -120,7 +121,10 @@ def command(task: str, text: TextConfig, sizes: argparse.Namespace, folder: str)
             "op": "dump", "prompts": prompts(sizes.dump, sizes.dump_length, 3),
             "layer": sizes.dump_layer, "folder": folder,
         }  # fmt: skip
-    pairs = [[i % layers, (7 * i + 3) % text.num_experts] for i in range(sizes.ablations)]
+    pairs = [
+        [(2 * i + 1) * layers // (2 * sizes.ablations) % layers, (7 * i + 3) % text.num_experts]
+        for i in range(sizes.ablations)
+    ]
     return {
         "op": "experts", "prompts": prompts(sizes.expert_prompts, sizes.expert_length, 4),
         "pairs": pairs,
@@ -159,10 +163,7 @@ def measure(line: Line, arguments: argparse.Namespace, text: TextConfig) -> None
 
 def measure_costs(dtype: str, arguments: argparse.Namespace, text: TextConfig) -> dict[str, Any]:
     """Pairs of seconds [without, with] hooks, by name of COSTS."""
-    load = {
-        "engine": "gemloupe", "path": arguments.checkpoint, "threads": arguments.threads,
-        "dtype": dtype,
-    }  # fmt: skip
+    load = own_load(dtype, arguments)
     prompt = [2, *random_ids(arguments.cost_length - 1, text.vocab_size, [arguments.seed, 6])]
     new, rounds = arguments.cost_new, arguments.cost_rounds
     found: dict[str, Any] = {}
@@ -237,7 +238,7 @@ def task_table(report: dict[str, Any], lines: Sequence[Line], task: str) -> str:
     rows = []
     for line in lines:
         if line.is_peer and task in line.failed:
-            rows.append([line.name, "failed", "-", "-", "-"])
+            rows.append([line.name, "failed", "-", "-", "-", "-"])
         results = line.results.get(task)
         if not results:
             continue
@@ -250,9 +251,10 @@ def task_table(report: dict[str, Any], lines: Sequence[Line], task: str) -> str:
                 goal = f"{wanted}x: {'met' if ratios[line.name][0] >= wanted else 'missed'}"
         seconds = line.seconds(task)
         digits = 2 if min(seconds) >= 1 else 4
-        rows.append([line.name, cell(seconds, digits), f"{peak:.2f}", times, goal])
+        cpu = cell([scaled(result, "cpu") for result in results], digits)
+        rows.append([line.name, cell(seconds, digits), cpu, f"{peak:.2f}", times, goal])
     title = f"**{task}: {TASKS[task].format(**report['sizes'])}**"
-    head = ["engine", "seconds", "peak RSS, GiB", "against the fastest peer", "goal"]
+    head = ["engine", "seconds", "CPU seconds", "peak RSS, GiB", "against the fastest peer", "goal"]
     return f"{title}\n\n{markdown(head, rows)}"
 
 
@@ -306,10 +308,17 @@ def report_text(report: dict[str, Any], lines: Sequence[Line]) -> str:
     return "\n\n".join([*tables, *(task_table(report, lines, task) for task in report["tasks"])])
 
 
+def own_load(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Loads the converted folder where there is one, so that nothing is packed at loading."""
+    load = {"engine": "gemloupe", "path": arguments.checkpoint, "threads": arguments.threads}
+    packed = dict(entry.split("=", 1) for entry in arguments.packed)
+    return {**load, "path": packed[dtype]} if dtype in packed else {**load, "dtype": dtype}
+
+
 def choose_lines(arguments: argparse.Namespace) -> list[Line]:
     shared = {"path": arguments.checkpoint, "threads": arguments.threads}
     lines = [
-        Line(f"gemloupe {dtype}", dtype, {"engine": "gemloupe", "dtype": dtype, **shared}, False)
+        Line(f"gemloupe {dtype}", dtype, own_load(dtype, arguments), False)
         for dtype in arguments.dtype
     ]
     for peer in arguments.peers:
@@ -323,11 +332,15 @@ def choose_lines(arguments: argparse.Namespace) -> list[Line]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="costs of hooks, alone and beside other libraries")
     parser.add_argument("checkpoint", help="a checkpoint folder, or demo:edge and the like")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE",
+                        help="only report what --json wrote in several runs")  # fmt: skip
     parser.add_argument("--tasks", nargs="*", choices=[*TASKS], default=None)
     parser.add_argument("--costs", nargs="*", choices=[*COSTS], default=None, help="own costs")
     parser.add_argument("--peers", nargs="*", choices=[*PEERS], default=[])
     parser.add_argument("--peer-python", default=sys.executable, metavar="FILE")
     parser.add_argument("--dtype", nargs="+", default=["float32", "int8", "int4"])
+    parser.add_argument("--packed", nargs="*", default=[], metavar="DTYPE=FOLDER",
+                        help="the checkpoint as gemloupe convert wrote it")  # fmt: skip
     parser.add_argument("--peer-dtype", nargs="+", default=["float32"])
     parser.add_argument("--unhooked", type=Path, metavar="FOLDER",
                         help="holds a gemloupe package from before hooks")  # fmt: skip
@@ -355,6 +368,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         vars(arguments).update(QUICK, rounds=1, peer_rounds=1)
+    if strange := [entry for entry in arguments.packed if "=" not in entry]:
+        parser.error(f"--packed has {strange[0]}; expected DTYPE=FOLDER")
     counts = ("rounds", "peer_rounds", "new", "sample", "cost_new", "cost_rounds", "threads")
     for name in counts:
         if getattr(arguments, name) < 1:
@@ -410,9 +425,43 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Line]]:
     return report, lines
 
 
+def merged(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Line]]:
+    """One report of several runs of the same model and sizes, made in pieces.
+
+    ValueError for pieces that differ in more than tasks, rounds and costs.
+    """
+    pieces = [json.loads(path.read_text()) for path in paths]
+    report = pieces[0]
+    lines: dict[str, Line] = {}
+    for path, piece in zip(paths, pieces, strict=True):
+        for name in ("model", "cpu", "isa", "threads", "sizes", "gemloupe"):
+            if piece[name] != report[name]:
+                raise ValueError(
+                    f"{path}: {name} is {piece[name]}; expected {report[name]}, as in {paths[0]}"
+                )
+        for entry in piece["lines"]:
+            line = lines.setdefault(entry["name"], Line(**{**entry, "results": {}, "failed": {}}))
+            for task, results in entry["results"].items():
+                line.results.setdefault(task, []).extend(results)
+            line.failed |= entry["failed"]
+        if piece is report:
+            continue
+        report["tasks"] += [task for task in piece["tasks"] if task not in report["tasks"]]
+        report["busy_cpus"] += piece["busy_cpus"]
+        report["versions"] |= piece["versions"]
+        for dtype, found in piece["costs"].items():
+            report["costs"].setdefault(dtype, {}).update(found)
+    report["tasks"].sort()
+    counts = {peer: [len(results) for line in lines.values() if line.is_peer is peer
+                     for results in line.results.values()] for peer in (False, True)}  # fmt: skip
+    report["rounds"] = min(counts[False], default=report["rounds"])
+    report["peer_rounds"] = min(counts[True], default=report["peer_rounds"])
+    return report, list(lines.values())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    report, lines = run(arguments)
+    report, lines = merged(arguments.merge) if arguments.merge else run(arguments)
     print(report_text(report, lines))
     if arguments.json:
         everything = {**report, "lines": [asdict(line) for line in lines]}

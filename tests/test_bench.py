@@ -544,7 +544,7 @@ def test_fidelity_with_transformers_is_close(capsys: pytest.CaptureFixture[str])
 def hook_line(name: str, seconds: list[float], is_peer: bool) -> hook_costs.Line:
     dtype = name.split()[-1]
     found = hook_costs.Line(name, dtype, {}, is_peer)
-    found.results["a"] = [{"seconds": s, "peak_rss": 1 << 30} for s in seconds]
+    found.results["a"] = [{"seconds": s, "cpu": 2 * s, "peak_rss": 1 << 30} for s in seconds]
     return found
 
 
@@ -558,7 +558,7 @@ def test_hooks_are_timed_against_the_fastest_peer_of_each_task() -> None:
     sizes = {"prompts": 8, "length": 256}
     table = hook_costs.task_table({"sizes": sizes}, [ours, *peers], "a")
     assert "all resid_post of 8 x 256 tokens" in table
-    assert "| gemloupe float32 | 2.00 | 1.00 | 2.5x | 1.6x: met |" in table
+    assert "| gemloupe float32 | 2.00 | 4.00 | 1.00 | 2.5x | 1.6x: met |" in table
     assert hook_costs.notes(peers, ["a"]) == ["slow float32, a: slow: residuals failed"]
 
 
@@ -566,6 +566,7 @@ def test_a_sampled_grid_is_scaled_to_all_of_its_cells() -> None:
     assert hook_costs.scaled({"seconds": 3.0}) == 3.0
     sampled = {"seconds": 3.0, "before": 1.0, "each": [0.5, 1.5], "all_cells": 100}
     assert hook_costs.scaled(sampled) == 101.0
+    assert hook_costs.scaled({**sampled, "cpu": 6.0}, "cpu") == 202.0
     cells = hook_costs.sample_cells(35, 24, 12)
     assert len({tuple(cell) for cell in cells}) == 12
     assert {layer // 12 for layer, _ in cells} == {0, 1, 2}
@@ -596,6 +597,14 @@ def test_hooks_measures_every_task_and_cost_of_gemloupe(
     traced = ["trace"] if model == "demo:moe" else []
     assert list(found["costs"]["float32"]) == ["capture", "function", *traced]
     assert "gemloupe float32, c: 4 tokens" in capsys.readouterr().out
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**found, "tasks": ["a"], "costs": {}}))
+    merged, [line] = hook_costs.merged([report, other])
+    assert [len(line.results[task]) for task in tasks] == [2 for _ in tasks]
+    assert merged["tasks"] == tasks and merged["costs"] == found["costs"] and merged["rounds"] == 2
+    other.write_text(json.dumps({**found, "threads": 64}))
+    with pytest.raises(ValueError, match="other.json: threads is 64; expected 1, as in"):
+        hook_costs.merged([report, other])
 
 
 def test_a_peer_that_cannot_run_is_named_in_the_notes(tmp_path: Path) -> None:
