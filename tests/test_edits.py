@@ -28,9 +28,10 @@ def direction(model, seed: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=size).astype(np.float32)
 
 
+@pytest.mark.parametrize("length", [1, 2, 8, 9, 11, 15, 16, 40])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_capturing_every_point_changes_no_bit(model):
-    ids = random_ids(40)
+def test_capturing_every_point_changes_no_bit(model, length):
+    ids = random_ids(length)
     run = model.run(ids, capture=list(gl.hook_points(model)))
     np.testing.assert_array_equal(run.logits, model.run(ids, routing=False).logits)
 
@@ -45,9 +46,10 @@ def test_capturing_while_decoding_changes_no_bit(model):
     assert shown.logprobs == plain.logprobs
 
 
+@pytest.mark.parametrize("length", [11, 30])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_identity_edits_change_no_bit_at_any_point(model):
-    ids = random_ids(30)
+def test_identity_edits_change_no_bit_at_any_point(model, length):
+    ids = random_ids(length)
     plain = model.run(ids, logits="last").logits
     for name in gl.hook_points(model):
         np.testing.assert_array_equal(
@@ -498,6 +500,8 @@ def test_edits_are_noted_in_the_cache(e2b):
     assert [(note.kind, note.detail) for note in cache.provenance] == [
         ("edit", "layers.1.mlp.out: zero")
     ]
+    out = e2b.generate([2, 3, 4], max_new_tokens=2, edit={"layers.1.mlp.out": gl.edits.zero()})
+    assert [note.detail for note in out.cache.provenance] == ["layers.1.mlp.out: zero"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])

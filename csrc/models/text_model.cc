@@ -334,10 +334,13 @@ Status TextModel::PerLayerInputs(ConstMatrix embed, std::span<const InputLayers>
     if (part.begin == part.end) continue;
     MatmulPath path = ctx.path;
     path.tail_rows = part.tail_rows;
-    const Matrix dst(inputs.data + (part.begin - first) * width, inputs.rows,
-                     (part.end - part.begin) * width, inputs.stride);
-    GL_RETURN_IF_ERROR(
-        Linear(embed, {{&per_layer_model_projection_, dst, part.begin * width}}, path, *ctx.arena));
+    const int64_t cols = (part.end - part.begin) * width;
+    const Matrix dst(inputs.data + (part.begin - first) * width, inputs.rows, cols, inputs.stride);
+    // oneDNN's bits depend on the distance of its rows: a product has its own, whatever follows it.
+    const Matrix alone = cols == inputs.stride ? dst : ctx.arena->NewMatrix(inputs.rows, cols);
+    GL_RETURN_IF_ERROR(Linear(embed, {{&per_layer_model_projection_, alone, part.begin * width}},
+                              path, *ctx.arena));
+    if (alone.data != dst.data) CopyRows(alone, dst);
   }
   // Hooks see the inputs of all layers in one piece.
   const bool shown =

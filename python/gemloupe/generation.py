@@ -409,7 +409,10 @@ class Generation:
         given = self._rows[index].cache
         if given is not None:
             return given
-        return self._model.wrap_cache(self._session.cache(self._numbers[index]))
+        made = self._model.wrap_cache(self._session.cache(self._numbers[index]))
+        if self._rows[index].request.edits:
+            cache_edits.note(made, self._rows[index].request)
+        return made
 
 
 def _of_row(piece: Piece, row: int) -> Piece:
