@@ -97,7 +97,7 @@ Status AttentionLayer::Project(ConstMatrix x, const PassContext& ctx, Matrix q, 
   const size_t queries = jobs.size();
   if (k.cols > 0) jobs.push_back({&weights_.k_proj, k});
   if (v.cols > 0 && !spec_.values_are_keys) jobs.push_back({&weights_.v_proj, v});
-  if (ctx.path.tail_rows == 0 || jobs.size() == queries) {
+  if (!ctx.kv_apart || jobs.size() == queries) {
     GL_RETURN_IF_ERROR(Linear(x, jobs, ctx.path, *ctx.arena));
   } else {
     // Keys and values are those of a pass that stores all of its rows.

@@ -30,6 +30,7 @@ struct PassContext {
   PassHooks* hooks = nullptr;  // null: nobody looks
   int layer = -1;              // the running layer; −1 outside the layers
   bool kv_stored = false;      // the running layer's keys and values are in the caches already
+  bool kv_apart = false;       // they are a product of their own, as where a pass only stores them
 
   int64_t rows() const { return batch->rows(); }
 

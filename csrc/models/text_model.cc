@@ -257,8 +257,8 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
   int first_input = first;
   const int whole = std::min(plan.first_reduced, plan.end);  // layers before it see all rows
   if (width > 0 && first < whole) {
-    // Layers that a pass without hooks computes for its tail alone have a product of their own.
-    const int split = plan.tail_rows > 0 ? std::clamp(plan.last_storing, first, whole) : whole;
+    // Layers that a pass without hooks computes for its tail, or not at all, have their own product.
+    const int split = plan.reduces ? std::clamp(plan.last_storing, first, whole) : whole;
     const std::vector<InputLayers> parts = {{first, split, 0}, {split, whole, plan.tail_rows}};
     inputs = arena_.NewMatrix(resid.rows, (whole - first) * width);
     GL_RETURN_IF_ERROR(PerLayerInputs(resid, parts, ctx, inputs));
@@ -273,6 +273,7 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
     if (ctx.hooks != nullptr) GL_RETURN_IF_ERROR(ctx.hooks->status);
     ctx.layer = i;
     ctx.kv_stored = plan.reduces && i == plan.first_reduced && i == plan.last_storing;
+    ctx.kv_apart = plan.reduces && i == plan.last_storing;
     ctx.path.tail_rows = i >= plan.last_storing ? plan.tail_rows : 0;
     if (ctx.kv_stored) {
       GL_RETURN_IF_ERROR(layers_[static_cast<size_t>(i)].StoreKeysAndValues(resid, ctx));

@@ -106,7 +106,8 @@ def generate(
     probabilities too, False nothing (None for a dense model).
     `capture` and `edit` as in `model.run`: they act on the prompt and on every generated token.
     `out.captured[name]` covers both ([prompt + new − 1, …]; the last token is never read); scores,
-    patterns, keys and values are lists with one array a pass.
+    patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
+    are one).
     """
     later = {
         "adapter": adapter,
