@@ -24,6 +24,7 @@ from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
 from gemloupe.safetensors_header import TensorInfo
 from gemloupe.stream import Stream
+from gemloupe.table import facts_html
 from gemloupe.tokenizer import Tokenizer
 from gemloupe.weights import Weights
 
@@ -468,6 +469,39 @@ class Model:
             f"Model({quoted(self.checkpoint.source)}, {text.num_hidden_layers} layers of "
             f"{text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
         )
+
+    def _repr_html_(self) -> str:
+        return facts_html(f"Model({quoted(self.checkpoint.source)})", self._facts())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """What is special about this model, as (name, value); what it lacks is left out."""
+        text = self.config.text
+        sliding = sum(layer.window > 0 for layer in text.layers)
+        kinds = [f"{sliding} sliding (window {text.sliding_window})"] if sliding else []
+        kinds += [f"{len(text.layers) - sliding} full"] if sliding < len(text.layers) else []
+        rows = [("layers", f"{len(text.layers)} of {text.hidden_size}: {', '.join(kinds)}")]
+        shared = [layer.kv_source for i, layer in enumerate(text.layers) if layer.kv_source != i]
+        derived = sum(layer.values_are_keys for layer in text.layers)
+        keys = []
+        if shared:
+            sources = ", ".join(str(source) for source in sorted({*shared}))
+            keys.append(f"{len(shared)} layers read those of layers {sources}")
+        if derived:
+            keys.append(f"values are keys in {derived} layers")
+        if keys:
+            rows.append(("keys and values", "; ".join(keys)))
+        if text.hidden_size_per_layer_input:
+            rows.append(("per-layer input", f"{text.hidden_size_per_layer_input} a layer"))
+        if text.num_experts:
+            rows.append(("experts", f"{text.top_k_experts} of {text.num_experts} a token"))
+        return [
+            *rows,
+            ("vocabulary", f"{text.vocab_size:,}"),
+            ("context", f"{text.max_position_embeddings:,} tokens"),
+            ("weights", self.dtype),
+            ("cache", self.kv_dtype),
+            ("runs on", f"{self.threads} threads, {_core.isa()}"),
+        ]
 
     # What gemloupe.generation asks of a model.
 

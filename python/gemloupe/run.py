@@ -17,6 +17,7 @@ from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
 from gemloupe.sampling import softcap_value
+from gemloupe.table import facts_html
 
 if TYPE_CHECKING:
     from gemloupe.model import Model
@@ -69,6 +70,9 @@ class Run:
         rows = self._rows()
         width = max(len(name) for name, _ in rows)
         return "Run\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+    def _repr_html_(self) -> str:
+        return facts_html("Run", self._rows())
 
 
 def _shape_text(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemloupe.errors import did_you_mean, quoted
@@ -60,6 +60,20 @@ class Table:
         )
         more = f"<p>{self._more()}</p>" if self._more() else ""
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
+
+
+def facts_html(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Returns a title over (name, value) rows as HTML in the page's own colours, light or dark."""
+    cell = 'style="text-align:left; padding:2px 10px; border-bottom:1px solid rgba(127,127,127,.4)"'
+    body = "".join(
+        f"<tr><th {cell}>{html.escape(name)}</th><td {cell}>{html.escape(value)}</td></tr>"
+        for name, value in rows
+    )
+    return (
+        f"<div><code>{html.escape(title)}</code>"
+        '<table style="border-collapse:collapse; color:inherit; background:transparent">'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _cell(value: Any) -> str:
