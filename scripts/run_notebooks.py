@@ -1,8 +1,8 @@
 """Runs the notebooks: `python scripts/run_notebooks.py notebooks/*.ipynb`; `--write` keeps outputs.
 
 A cell that raises, a notebook of more than 15 cells, and one whose file would be larger than 300 KB
-are errors; one that takes over two minutes is pointed out (the machine may be busy). Without `--write` the files stay as they are: outputs
-need not be equal, since times differ.
+are errors; one that takes over two minutes is pointed out (the machine may be busy). Without
+`--write` the files stay as they are: outputs need not be equal, since times differ.
 """
 
 from __future__ import annotations

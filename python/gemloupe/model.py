@@ -351,7 +351,7 @@ class Model:
             is one entry a row. Nothing remains after the call.
         check_finite: ValueError for edits that write NaN or infinity.
         routing: "full" gives `run.routing` everything that the routers computed, "experts" the
-            experts and their weights, False nothing.
+            experts and their weights, False nothing; "full" unless a run is repeated.
         keep: hold what `model.run(this_run, edit=…)` begins from: that repeats the input with
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.

@@ -34,8 +34,9 @@ class Run:
     """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None."""
     captured: capturing.Captured
     """name -> float32 [T, …], read-only."""
-    cache: KvCache | None
-    """The KV cache after the pass; None where the pass ended early (logits=None)."""
+    cache: KvCache
+    """The KV cache after the pass, whole with logits=None too: only layers that store nothing are
+    left out then."""
     positions: np.ndarray
     """int64 [T]: the absolute position of each row."""
     skipped: tuple[str, ...] = field(default=())
@@ -88,7 +89,7 @@ def run(
     edit: Any = None,
     logits: LogitsRows = "last",
     softcap: float | str | None = "config",
-    routing: str | bool = "full",
+    routing: str | bool | None = None,
     thinking: bool = False,
     bos: bool | str = "auto",
     chunk: int = _core.DEFAULT_CHUNK,
@@ -97,6 +98,8 @@ def run(
 ) -> Run | list[Run]:
     batch = is_batch(x)
     rows = len(x) if batch else None
+    if routing is None:  # A trace of all layers would make a repeated run begin at the first.
+        routing = False if isinstance(x, Run) else "full"
     hooked = capturing.Options(capture, routing, check_finite)
     collectors = _routing.collectors(model)
     if isinstance(x, Run):
