@@ -9,8 +9,10 @@ Commands, as in serve_engine.py (JSON in, JSON out); prompts are lists of ids, a
     steer      prompt, new, layer. Generates with a vector added to resid_post.
     dump       prompts, layer, folder. Writes resid_post as float32, a file a prompt.
     experts    prompts, pairs. The last logits without one expert, for each (layer, expert).
-    plain      prompt, new. Seconds of reading the prompt, and of each decoded token after it.
-    cost       what, prompt, new, rounds. See Gemloupe.cost.
+    plain      prompt, new, clock. Seconds of reading the prompt, and of a token that is decoded
+               after 8 of its ids.
+clock is "seconds", or "cpu": CPU seconds of all threads.
+    cost       what, prompt, new, rounds, clock. See Gemloupe.cost.
 Each but load answers seconds, CPU seconds of all threads (cpu), and the largest memory of this
 command (peak_rss, bytes).
 """
@@ -27,6 +29,7 @@ import numpy as np
 from serve_engine import memory, serve
 
 Ids = list[int]
+CLOCKS = {"seconds": time.perf_counter, "cpu": time.process_time}
 
 
 class Gemloupe:
@@ -82,19 +85,25 @@ class Gemloupe:
                 self._model.run(base, edit=edit, routing=False)
         return {}
 
-    def plain(self, prompt: Ids, new: int) -> dict[str, Any]:
-        begin = time.perf_counter()
+    def plain(self, prompt: Ids, new: int, clock: str) -> dict[str, Any]:
+        now = CLOCKS[clock]
+        begin = now()
         self._model.run(prompt)
-        prefill = time.perf_counter() - begin
-        return {"prefill": prefill, "decode": self._decode(prompt[:8], new)}
+        prefill = now() - begin
+        return {"prefill": prefill, "decode": self._decode(prompt[:8], new, clock)}
 
-    def _decode(self, prompt: Ids, new: int, **hooked: Any) -> float:
-        times = self._model.generate(prompt, max_new_tokens=new, temperature=0, **hooked).timings
-        if times.decode_tokens == 0:
-            raise RuntimeError("the model ended its answer at once; give another --seed")
-        return times.decode_seconds / times.decode_tokens
+    def _decode(self, prompt: Ids, new: int, clock: str, **hooked: Any) -> float:
+        """Seconds a token. The prompt but its last id is read before the clock starts, so that
+        every pass that counts is of one row."""
+        now = CLOCKS[clock]
+        cache = self._model.run(prompt[:-1]).cache
+        begin = now()
+        out = self._model.generate(
+            prompt[-1:], cache=cache, max_new_tokens=new, temperature=0, **hooked
+        )
+        return (now() - begin) / len(out.ids)
 
-    def cost(self, what: str, prompt: Ids, new: int, rounds: int) -> dict[str, Any]:
+    def cost(self, what: str, prompt: Ids, new: int, rounds: int, clock: str) -> dict[str, Any]:
         """Seconds without and with hooks, in turns.
 
         "capture": one pass with the logits of all rows, without and with all resid_post.
@@ -102,18 +111,20 @@ class Gemloupe:
         "trace": a decoded token, routing=False and routing="experts".
         """
 
+        now = CLOCKS[clock]
+
         def capture(hooked: bool) -> float:
             names = "layers.*.resid_post" if hooked else ()
-            begin = time.perf_counter()
+            begin = now()
             self._model.run(prompt, capture=names, logits="all", routing=False)
-            return time.perf_counter() - begin
+            return now() - begin
 
         def function(hooked: bool) -> float:
             edit = {"layers.*.resid_post": lambda x: x} if hooked else None
-            return self._decode(prompt[:8], new, edit=edit, routing=False)
+            return self._decode(prompt[:8], new, clock, edit=edit, routing=False)
 
         def trace(hooked: bool) -> float:
-            return self._decode(prompt[:8], new, routing="experts" if hooked else False)
+            return self._decode(prompt[:8], new, clock, routing="experts" if hooked else False)
 
         measure = {"capture": capture, "function": function, "trace": trace}[what]
         measure(True)

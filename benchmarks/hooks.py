@@ -77,9 +77,11 @@ class Line:
     results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    clock: str = "seconds"
 
     def seconds(self, task: str) -> list[float]:
-        return [scaled(result) for result in self.results.get(task, [])]
+        """What engines are compared by."""
+        return [scaled(result, self.clock) for result in self.results.get(task, [])]
 
 
 def scaled(result: dict[str, Any], kind: str = "seconds") -> float:
@@ -174,25 +176,27 @@ def measure_costs(dtype: str, arguments: argparse.Namespace, text: TextConfig) -
             if what == "trace" and not text.num_experts:
                 continue
             progress(f"{dtype}: {what}")
-            asked = {"what": what, "prompt": prompt, "new": new, "rounds": rounds}
+            asked = {"what": what, "prompt": prompt, "new": new, "rounds": rounds,
+                     "clock": arguments.clock}  # fmt: skip
             found[what] = worker.ask("cost", **asked)["pairs"]
         if "unhooked" in arguments.costs and arguments.unhooked:
             progress(f"{dtype}: unhooked")
             env = {"PYTHONPATH": str(arguments.unhooked)}
             with HookWorker(f"unhooked {dtype}", sys.executable, load, env) as other:
                 other.load()
-                found |= beside_unhooked(other, worker, prompt, new, rounds)
+                plain = {"prompt": prompt, "new": new, "clock": arguments.clock}
+                found |= beside_unhooked(other, worker, plain, rounds)
     return found
 
 
 def beside_unhooked(
-    unhooked: Worker, hooked: Worker, prompt: list[int], new: int, rounds: int
+    unhooked: Worker, hooked: Worker, plain: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
     """The same calls in two processes in turn; the first of each is a warm-up."""
     pairs: dict[str, Any] = {"unhooked prefill": [], "unhooked decode": []}
     for number in range(rounds + 1):
         order = in_turns([0, 1], number)
-        found = {i: (unhooked, hooked)[i].ask("plain", prompt=prompt, new=new) for i in order}
+        found = {i: (unhooked, hooked)[i].ask("plain", **plain) for i in order}
         if number:
             for part in ("prefill", "decode"):
                 pairs[f"unhooked {part}"].append([found[0][part], found[1][part]])
@@ -249,7 +253,7 @@ def task_table(report: dict[str, Any], lines: Sequence[Line], task: str) -> str:
             wanted = GOALS.get(line.dtype, {}).get(task)
             if wanted:
                 goal = f"{wanted}x: {'met' if ratios[line.name][0] >= wanted else 'missed'}"
-        seconds = line.seconds(task)
+        seconds = [scaled(result) for result in results]
         digits = 2 if min(seconds) >= 1 else 4
         cpu = cell([scaled(result, "cpu") for result in results], digits)
         rows.append([line.name, cell(seconds, digits), cpu, f"{peak:.2f}", times, goal])
@@ -290,7 +294,8 @@ def report_text(report: dict[str, Any], lines: Sequence[Line]) -> str:
         f"- {report['date']}, gemloupe {report['gemloupe']} at commit {report['commit']}; "
         f"{versions}",
         f"- median (minimum–maximum) of {report['rounds']} rounds (peers {report['peer_rounds']}); "
-        f"CPUs that others kept busy before them {spread(report['busy_cpus'], 1)}",
+        f"CPUs that others kept busy before them {spread(report['busy_cpus'], 1)}; compared by "
+        f"{'CPU time' if report['clock'] == 'cpu' else 'time'}",
         *(f"- {note}" for note in notes(lines, report["tasks"])),
     ]
     tables = ["\n".join(parts)]
@@ -318,14 +323,14 @@ def own_load(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def choose_lines(arguments: argparse.Namespace) -> list[Line]:
     shared = {"path": arguments.checkpoint, "threads": arguments.threads}
     lines = [
-        Line(f"gemloupe {dtype}", dtype, own_load(dtype, arguments), False)
+        Line(f"gemloupe {dtype}", dtype, own_load(dtype, arguments), False, clock=arguments.clock)
         for dtype in arguments.dtype
     ]
     for peer in arguments.peers:
         for dtype in arguments.peer_dtype:
             name = f"transformers {peer}" if peer in ("sdpa", "eager") else peer
             load = {**PEERS[peer], "dtype": dtype, **shared}
-            lines.append(Line(f"{name} {dtype}", dtype, load, True))
+            lines.append(Line(f"{name} {dtype}", dtype, load, True, clock=arguments.clock))
     return lines
 
 
@@ -344,6 +349,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-dtype", nargs="+", default=["float32"])
     parser.add_argument("--unhooked", type=Path, metavar="FOLDER",
                         help="holds a gemloupe package from before hooks")  # fmt: skip
+    parser.add_argument("--clock", choices=["seconds", "cpu"], default="seconds",
+                        help="cpu: CPU time, for busy machines (--threads 1)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it work at all?")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-rounds", type=int, default=2)
@@ -412,6 +419,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Line]]:
         **environment,
         "model": describe(checkpoint),
         "versions": versions,
+        "clock": arguments.clock,
         "rounds": arguments.rounds,
         "peer_rounds": arguments.peer_rounds,
         "busy_cpus": busy,
@@ -434,7 +442,7 @@ def merged(paths: Sequence[Path]) -> tuple[dict[str, Any], list[Line]]:
     report = pieces[0]
     lines: dict[str, Line] = {}
     for path, piece in zip(paths, pieces, strict=True):
-        for name in ("model", "cpu", "isa", "threads", "sizes", "gemloupe"):
+        for name in ("model", "cpu", "isa", "threads", "sizes", "clock", "gemloupe"):
             if piece[name] != report[name]:
                 raise ValueError(
                     f"{path}: {name} is {piece[name]}; expected {report[name]}, as in {paths[0]}"
