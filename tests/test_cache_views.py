@@ -184,7 +184,8 @@ def test_a_fork_shares_every_block_until_one_writes(tiny: Callable) -> None:
 
 @pytest.mark.parametrize("variant", ["e2b", "31b"])
 def test_the_plot_has_a_bar_for_every_layer(tiny: Callable, variant: str) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle

@@ -216,11 +216,10 @@ void Hooks::Append(Capture& capture, const Site& site, ConstMatrix x) {
   if (KeepsOneRow(capture.reduce)) {
     capture.values.resize(static_cast<size_t>(x.cols), 0.0f);
   } else if (capture.values.empty()) {
-    const int64_t expected = std::max(expected_rows_, static_cast<int64_t>(rows.size()));
-    capture.values.reserve(static_cast<size_t>(
-        std::min<int64_t>(expected,
-                          capture.filter.from > 0 ? static_cast<int64_t>(rows.size()) : expected) *
-        capture.cols));
+    // Room for all the rows to come, unless only some positions are wanted.
+    const auto now = static_cast<int64_t>(rows.size());
+    const int64_t room = capture.filter.from > 0 ? now : std::max(expected_rows_, now);
+    capture.values.reserve(static_cast<size_t>(room * capture.cols));
   }
   for (const int64_t t : rows) {
     const float* row = x.row(t);
