@@ -28,6 +28,7 @@ struct RowRequest {
   int prompt_logprobs = -1;  // the same for the prompt's tokens
   std::optional<float> softcap;
   std::shared_ptr<Hooks> hooks;  // null: nobody looks
+  AdapterMix adapters;
 };
 
 // What one step did to one row.
