@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from gemloupe.adapters.registry import Adapters
 from gemloupe.config import parse_config
 from gemloupe.tokenizer import Tokenizer
 from tiny_models import save_tiny_tokenizer
@@ -29,6 +30,14 @@ class FakeCache:
 
     def truncate(self, length: int) -> None:
         del self.tokens[length:]
+
+    provenance = ()
+
+    def note_adapter(self, adapter: str) -> None:
+        assert adapter == "none"
+
+    def forget(self, notes: Any) -> None:
+        pass
 
 
 class FakeSession:
@@ -123,6 +132,7 @@ class FakeModel:
         )
         self.tokenizer = Tokenizer(folder, self.config)
         self.generation_config = generation_config
+        self.adapters = Adapters(self)
         self.scripts = [self._ids(script) for script in scripts]
         self.session: FakeSession | None = None
 

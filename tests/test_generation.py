@@ -221,7 +221,7 @@ def test_timings_count_tokens(folder: Path) -> None:
         ({"softcap": -3}, ValueError, 'softcap is -3; expected "config", None, or a number'),
         ({"cache": [None]}, TypeError, "cache is a list, but x is a single prompt"),
         ({"images": ["a.png"]}, ValueError, "images= is not in this version"),
-        ({"adapter": "a"}, ValueError, "adapter= is not in this version"),
+        ({"adapter": "a"}, KeyError, "no adapter 'a'"),
         (
             {"routing": "some"},
             ValueError,

@@ -15,6 +15,7 @@ import numpy as np
 
 from gemloupe import _core, cache_edits, capturing
 from gemloupe import routing as _routing
+from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.output import Output, Timings, TokenLogprobs
@@ -25,13 +26,13 @@ from gemloupe.stream import Piece, Stream
 from gemloupe.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from gemloupe.adapters.registry import Adapters
     from gemloupe.config import ModelConfig
 
 # A prompt shorter than this is read in a few seconds at most; no bar is shown.
 _BAR_TOKENS = 2048
 # Arguments of the contract that later versions understand, with the value that means nothing.
 _LATER: dict[str, Any] = {
-    "adapter": None,
     "max_thinking_tokens": None,
     "response_format": None,
     "drafter": None,
@@ -58,6 +59,9 @@ class GenerationModel(Protocol):
 
     def wrap_cache(self, core_cache: Any) -> Any:
         """Returns the cache that the caller gets for a `_core.KvCache`."""
+
+    @property
+    def adapters(self) -> Adapters: ...
 
 
 def generate(
@@ -108,9 +112,9 @@ def generate(
     `out.captured[name]` covers both ([prompt + new − 1, …]; the last token is never read); scores,
     patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
     are one).
+    `adapter` as in `model.run`; caches remember which adapters their entries come from.
     """
     later = {
-        "adapter": adapter,
         "max_thinking_tokens": max_thinking_tokens,
         "response_format": response_format,
         "drafter": drafter,
@@ -156,9 +160,12 @@ def generate(
         capturing.parse(hooked, of_row, model.config.text)
         for of_row in capturing.row_edits(edit, len(prompts) if batch else None)
     ]
+    selected = model.adapters.rows(adapter, len(prompts) if batch else None)
     rows = [
-        _Row(prompt, of_row, given, started, request)
-        for prompt, of_row, given, request in zip(prompts, options, caches, requests, strict=True)
+        _Row(prompt, of_row, given, started, request, adapters)
+        for prompt, of_row, given, request, adapters in zip(
+            prompts, options, caches, requests, selected, strict=True
+        )
     ]
     generation = Generation(model, rows, softcap_value(softcap), stream)
     result = Stream(generation, batch)
@@ -192,12 +199,14 @@ class _Row:
         cache: Any,
         started: float,
         request: capturing.Request,
+        adapters: Selection,
     ) -> None:
         self.prompt = prompt
         self.options = options
         self.cache = cache
         self.started = started
         self.request = request
+        self.adapters = adapters
         self.hooks: capturing.BoundHooks | None = None
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -304,12 +313,14 @@ class Generation:
         self._rows = rows
         self._session = model.new_session()
         self._numbers: list[int] = []
-        self._edited = [row.cache for row in rows if row.cache is not None and row.request.edits]
-        self._notes = [cache.provenance for cache in self._edited]
-        with cache_edits.forgotten_on_error(self._edited):
+        self._noted = [row.cache for row in rows if row.cache is not None]
+        self._notes = [cache.provenance for cache in self._noted]
+        with cache_edits.forgotten_on_error(self._noted):
             for index, row in enumerate(self._rows):
                 if stream or row.options.stop_strings:
                     row.read_text()
+                if row.cache is not None:
+                    row.cache.note_adapter(row.adapters.label)
                 self._bind_hooks(row, index)
                 self._numbers.append(self._session.submit(self._request(row, softcap)))
         self._bar = _PrefillBar(sum(len(row.prompt) for row in self._rows))
@@ -347,6 +358,8 @@ class Generation:
         request.prompt_logprobs = options.prompt_logprobs or -1
         request.softcap = softcap
         request.hooks = row.hooks.core if row.hooks else None
+        if row.adapters:
+            request.adapters = row.adapters.core
         return request
 
     @property
@@ -387,7 +400,7 @@ class Generation:
             if row.cache is not None and row.finish_reason:
                 self._session.rollback(number)
         self._end(self._session.rollback)
-        for cache, notes in zip(self._edited, self._notes, strict=True):
+        for cache, notes in zip(self._noted, self._notes, strict=True):
             cache.forget(notes)
 
     def _end(self, end_row: Callable[[int], None]) -> list[Piece]:
@@ -411,8 +424,11 @@ class Generation:
         if given is not None:
             return given
         made = self._model.wrap_cache(self._session.cache(self._numbers[index]))
-        if self._rows[index].request.edits:
-            cache_edits.note(made, self._rows[index].request)
+        row = self._rows[index]
+        if row.adapters:
+            made.note("adapter", row.adapters.label)
+        if row.request.edits:
+            cache_edits.note(made, row.request)
         return made
 
 
