@@ -13,6 +13,7 @@ PAGES = (
     "hooks",
     "semantics",
     "numbers",
+    "adapters",
     "errors",
     "from_transformer_lens",
     "from_transformers",
