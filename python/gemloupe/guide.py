@@ -23,6 +23,7 @@ from gemloupe.answer import (
 from gemloupe.tokenizer import Tokenizer
 from gemloupe.tool_syntax import STRING
 
+_THINK, _TOOL = "<|think|>", "<|tool>"
 _HEADER = "thought\n"
 # Ids of a thought's first line; a model that writes more of them has left it out.
 _MAX_HEADER = 8
@@ -110,7 +111,10 @@ class AnswerForm:
         thinking: bool,
         tools: bool,
     ) -> None:
-        """`end_ids` end a row. `thinking`, `tools`: whether thoughts and calls may come at all."""
+        """`end_ids` end a row. `thinking`, `tools`: whether thoughts and calls may come.
+
+        They may too where the ids before the answer turn them on, as in a continued cache.
+        """
         self._tokenizer = tokenizer
         self._fresh = matcher
         self._marks = {
@@ -125,9 +129,14 @@ class AnswerForm:
         """A round begins after `ids` [T]."""
         self._matcher = self._fresh.deep_copy()
         self._in_string = False
-        self._may_think = self._thinking
+        self._may_think = self._thinking or self._has(ids, _THINK)
+        self._may_call = self._tools or self._has(ids, _TOOL)
         inside = open_thought(ids, self._tokenizer) is not None
         self._state = "thought" if inside else "start"
+
+    def _has(self, ids: np.ndarray, piece: str) -> bool:
+        id = self._tokenizer.id(piece)
+        return id is not None and bool((ids == id).any())
 
     def push(self, id: int) -> None:
         """Takes the token that was chosen. ValueError where the grammar does not have it."""
@@ -135,13 +144,13 @@ class AnswerForm:
         if self._state == "thought":
             if id == marks[THOUGHT_CLOSE]:
                 self._state, self._may_think = "start", False
-            elif id == marks[CALL_OPEN] and self._tools:
+            elif id == marks[CALL_OPEN] and self._may_call:
                 self._state, self._in_string = "call", False
         elif self._state == "call":
             self._in_string ^= id == marks[STRING]
             if id == marks[CALL_CLOSE] and not self._in_string:
                 self._state = "called"
-        elif id == marks[CALL_OPEN] and self._state in ("start", "called") and self._tools:
+        elif id == marks[CALL_OPEN] and self._state in ("start", "called") and self._may_call:
             self._state, self._in_string = "call", False
         elif id == marks[THOUGHT_OPEN] and self._state == "start" and self._may_think:
             self._state = "thought"
@@ -162,6 +171,8 @@ class AnswerForm:
                 # A row that ended here would have no answer of the form that was asked for.
                 for id in self._ends:
                     _clear(words, id)
+                if not self._may_call:
+                    _clear(words, marks[CALL_OPEN])
             return
         if self._state == "called":
             words[:] = 0
@@ -174,7 +185,7 @@ class AnswerForm:
         if self._state == "start":
             if self._may_think:
                 _set(words, marks[THOUGHT_OPEN])
-            if self._tools:
+            if self._may_call:
                 _set(words, marks[CALL_OPEN])
 
 
@@ -189,8 +200,9 @@ def _set(words: np.ndarray, id: int | None) -> None:
         words[id // 32] |= np.uint32(1 << id % 32)
 
 
-def _clear(words: np.ndarray, id: int) -> None:
-    words[id // 32] &= np.uint32(~(1 << id % 32) & 0xFFFFFFFF)
+def _clear(words: np.ndarray, id: int | None) -> None:
+    if id is not None:
+        words[id // 32] &= np.uint32(~(1 << id % 32) & 0xFFFFFFFF)
 
 
 class RowGuide:
