@@ -355,10 +355,62 @@ def test_a_template_that_takes_results_beside_the_calls_is_served(folder: Path) 
     model.tokenizer.chat_template.templates["default"] = legacy
     assert _generate(model, tools=[add]).text == "ok"
     assert _read(model, 1) == "<|tool_response>add:5<tool_response|>"
-    refusing = _model(folder, CALL)
+    seen = []
+
+    def add_(a: int, b: int) -> None:
+        seen.append(a)
+
+    refusing = _model(folder, CALL.replace("add", "add_"))
     refusing.tokenizer.chat_template.templates["default"] = "x"
     with pytest.raises(ValueError, match="does not continue a tool call with its result"):
-        _generate(refusing, tools=[add])
+        _generate(refusing, tools=[add_])
+    assert refusing.session is None and not seen
+
+
+def test_results_for_which_the_cache_has_no_room_end_with_length() -> None:
+    edge = gl.load("demo:edge", "float32")
+
+    def calculator(expression: str) -> str:
+        """Calculate."""
+        return "7" * 400
+
+    messages = [{"role": "user", "content": "What is 37 * 45?"}]
+    cache = edge.new_cache(max_tokens=300)
+    out = edge.generate(messages, tools=[calculator], temperature=0, cache=cache)
+    assert (out.finish_reason, out.text, len(out.ids)) == ("length", "", 0)
+    assert out.rounds[0].tool_results[0].content == "7" * 400
+    assert [message["role"] for message in out.messages] == ["assistant", "tool"]
+
+
+def test_calls_come_before_they_are_run_and_closing_runs_nothing(folder: Path) -> None:
+    seen = []
+
+    def add(a: int, b: int) -> int:
+        seen.append((a, b))
+        return a + b
+
+    with generate(_model(folder, CALL, "x"), USER, tools=[add], stream=True) as stream:
+        assert isinstance(stream, Stream)
+        for piece in stream:
+            if piece.tool_calls:
+                assert seen == []
+                break
+        next(stream)
+    assert seen == []
+    out = stream.result
+    assert isinstance(out, Output) and out.finish_reason == "cancelled"
+    assert len(out.tool_calls) == 1
+
+
+def test_a_prepared_prompt_brings_its_tools(folder: Path) -> None:
+    model = _model(folder, CALL, "ok<turn|>")
+    from gemloupe.prompt import prepare
+
+    prompt = prepare(USER, model.tokenizer, model.config, tools=[add])
+    assert len(_generate(model, prompt).rounds) == 1
+    bare = prepare(USER, model.tokenizer, model.config)
+    with pytest.raises(ValueError, match="prepared without; pass them to model.prepare"):
+        _generate(model, bare, tools=[add])
 
 
 def test_arguments_that_clients_send_as_json_text_render_as_values(folder: Path) -> None:

@@ -6,12 +6,10 @@ the tokens, looks for stop strings and ends rows.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -28,7 +26,7 @@ from gemloupe.sampling import RowOptions, resolve_rows, softcap_value
 from gemloupe.stream import Piece, Stream
 from gemloupe.structured import compiler, parse_response_format
 from gemloupe.tokenizer import Tokenizer
-from gemloupe.tool_rounds import next_prompt
+from gemloupe.tool_rounds import check_template, next_prompt
 from gemloupe.tools import Tool, ToolResult, can_run, parse_tools, run_tools
 
 if TYPE_CHECKING:
@@ -173,12 +171,13 @@ def generate(
         capturing.parse(hooked, of_row, model.config.text)
         for of_row in capturing.row_edits(edit, len(prompts) if batch else None)
     ]
-    runner = _ToolRunner(parse_tools(tools), max_tool_rounds)
-    guides = _guides(model, prompts, options, response_format, batch, runner.tools)
+    given_tools = parse_tools(tools)
+    row_tools = [_row_tools(prompt, given_tools, max_tool_rounds) for prompt in prompts]
+    guides = _guides(model, prompts, options, response_format, batch)
     rows = [
-        _Row(prompt, of_row, given, started, request, runner, guide)
-        for prompt, of_row, given, request, guide in zip(
-            prompts, options, caches, requests, guides, strict=True
+        _Row(prompt, of_row, given, started, request, guide, can_call, max_tool_rounds)
+        for prompt, of_row, given, request, guide, can_call in zip(
+            prompts, options, caches, requests, guides, row_tools, strict=True
         )
     ]
     generation = Generation(model, rows, softcap_value(softcap), stream)
@@ -203,23 +202,18 @@ def _refuse_later(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}= is not in this version of generate; leave it out")
 
 
-@dataclass(frozen=True)
-class _ToolRunner:
-    """Who answers calls, and how often."""
-
-    tools: list[Tool] | None
-    max_rounds: int
-
-    def __post_init__(self) -> None:
-        rounds = self.max_rounds
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-            raise ValueError(f"max_tool_rounds is {rounds!r}; expected 0 or more")
-
-    def run(self, calls: list[dict[str, Any]], rounds: int) -> list[ToolResult]:
-        """The results of `calls` after `rounds` rounds; [] where the caller has to answer."""
-        if self.tools is None or rounds >= self.max_rounds or not can_run(self.tools, calls):
-            return []
-        return run_tools(self.tools, calls)
+def _row_tools(prompt: Prompt, given: list[Tool] | None, max_rounds: Any) -> list[Tool]:
+    """The tools of a row, whose functions may be run; checks that results can be fed back."""
+    if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 0:
+        raise ValueError(f"max_tool_rounds is {max_rounds!r}; expected 0 or more")
+    if given and not prompt.tools:
+        raise ValueError(
+            "tools= comes with a prompt that was prepared without; pass them to model.prepare"
+        )
+    tools = given or list(prompt.tools)
+    if max_rounds and any(tool.function for tool in tools):
+        check_template(prompt)
+    return tools
 
 
 def _guides(
@@ -228,7 +222,6 @@ def _guides(
     options: Sequence[RowOptions],
     response_format: Any,
     batch: bool,
-    tools: Sequence[Tool] | None,
 ) -> list[RowGuide | None]:
     """What each row's next tokens must obey; None where that is nothing."""
     formats = [response_format] * len(prompts)
@@ -261,7 +254,7 @@ def _guides(
                 matchers[key],
                 of_row.end_ids,
                 thinking=prompt.thinking,
-                tools=bool(tools or prompt.tools),
+                tools=bool(prompt.tools),
             )
         if of_row.max_thinking_tokens is not None:
             budget = ThoughtBudget(tokenizer, of_row.max_thinking_tokens)
@@ -283,11 +276,15 @@ class _Row:
         cache: Any,
         started: float,
         request: capturing.Request,
-        runner: _ToolRunner,
         guide: RowGuide | None,
+        tools: list[Tool],
+        max_rounds: int,
     ) -> None:
-        self.runner = runner
         self.guide = guide
+        self.tools = tools
+        self.max_rounds = max_rounds
+        # Whether calls of this round are to be run: the row is between two rows of the session.
+        self.must_run = False
         self.rounds: list[Output] = []
         self.cached_ids = np.array([], np.int32) if cache is None else _tokens(cache)
         self.prompt = prompt
@@ -335,23 +332,26 @@ class _Row:
         if self.finish_reason and self.reader and not part.stopped:
             part = self._with_rest(part)
         if self.waits_for_results:
-            self.finish_reason = "tool_calls"
-        if not self.finish_reason and self.guide:
+            self.must_run = len(self.rounds) < self.max_rounds and can_run(self.tools, self.calls)
+            self.finish_reason = "" if self.must_run else "tool_calls"
+        elif not self.finish_reason and self.guide:
             self.guide.push(result.token)
         return self._piece(part, (result.token,), logprobs)
 
     @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The calls of this round so far."""
+        return self.reader.parser.tool_calls if self.reader else []
+
+    @property
     def waits_for_results(self) -> bool:
         """Whether the row ended with an end id after calls."""
-        return (
-            self.finish_reason == "stop"
-            and self.reader is not None
-            and bool(self.reader.parser.tool_calls)
-            and self.ids[-1] in self.options.end_ids
-        )
+        ended = self.finish_reason == "stop" and self.ids[-1] in self.options.end_ids
+        return ended and bool(self.calls)
 
     def next_round(self, results: list[ToolResult], prompt: Prompt, cached: np.ndarray) -> None:
         """Begins the round that reads `prompt`, the results of this one's calls."""
+        self.finish_reason = "tool_calls"
         ended = self.output(None)
         ended.tool_results = tuple(results)
         ended.rounds = ()
@@ -359,7 +359,7 @@ class _Row:
         self.prompt = prompt
         self.cached_ids = cached
         self.ids, self.logprobs, self.prompt_logprobs = [], [], [None]
-        self.finish_reason = ""
+        self.must_run, self.finish_reason = False, ""
         self.timings = Timings(prefill_tokens=len(prompt))
         self.hooks = None
         self.started = time.perf_counter()
@@ -503,7 +503,10 @@ class Generation:
         return all(row.finish_reason for row in self._rows)
 
     def step(self) -> list[Piece]:
-        """Runs one pass and returns its pieces, at most one a row."""
+        """Runs one pass, or the tools that a row called; returns its pieces, at most one a row."""
+        for index, row in enumerate(self._rows):
+            if row.must_run and not row.finish_reason:
+                return [self._run_calls(index)]
         before = time.perf_counter()
         results = self._session.step()
         seconds = time.perf_counter() - before
@@ -520,32 +523,38 @@ class Generation:
                 self._bar.show(index, result.prefilled)
             if row.finish_reason == "stop" and not result.finish_reason:
                 self._session.cancel(result.row)
-            if row.finish_reason == "tool_calls" and piece is not None:
-                piece = self._answer_calls(index, piece)
             if piece is not None:
                 pieces.append(_of_row(piece, index))
         if self.done:
-            self._bar.close()
+            self._close()
         return pieces
 
-    def _answer_calls(self, index: int, piece: Piece) -> Piece:
-        """Runs the tools that a row called and lets it go on, where that can be done."""
-        row = self._rows[index]
-        assert row.reader is not None
-        results = row.runner.run(row.reader.parser.tool_calls, len(row.rounds))
-        if not results or row.finish_reason != "tool_calls":  # a tool may have closed the stream
-            return piece
-        number = self._numbers[index]
+    def _close(self) -> None:
+        self._bar.close()
+        for row in self._rows:
+            if row.guide:
+                row.guide.close()
+
+    def _run_calls(self, index: int) -> Piece:
+        """Runs what a row called, and lets it go on with the results."""
+        row, number = self._rows[index], self._numbers[index]
+        results = run_tools(row.tools, row.calls)
         said = row.output(None).message
         prompt = next_prompt(row.prompt, said, results)
         cache = self._session.cache(number)
         row.next_round(results, prompt, _tokens(cache))
         self._bind_hooks(row, index)
-        if row.guide:
-            row.guide.begin(np.concatenate([row.cached_ids, prompt.ids]))
-        self._numbers[index] = self._session.submit(self._request(row, cache))
-        self._ended.append((number, index))
-        return dataclasses.replace(piece, finish_reason=None, tool_results=results)
+        try:
+            self._numbers[index] = self._session.submit(self._request(row, cache))
+        except (ValueError, MemoryError):  # No room for the results: what came so far is kept.
+            row.finish_reason, row.hooks = "length", None
+            if self.done:
+                self._close()
+        else:
+            self._ended.append((number, index))
+            if row.guide:
+                row.guide.begin(np.concatenate([row.cached_ids, prompt.ids]))
+        return Piece(row=index, tool_results=results, finish_reason=row.finish_reason or None)
 
     def cancel(self) -> list[Piece]:
         """Ends the rows that still run; their caches keep what was computed."""
@@ -569,7 +578,7 @@ class Generation:
             if not row.finish_reason:
                 end_row(self._numbers[index])
                 pieces.append(_of_row(row.cancel(), index))
-        self._bar.close()
+        self._close()
         return pieces
 
     def outputs(self) -> list[Output]:

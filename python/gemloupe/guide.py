@@ -239,6 +239,10 @@ class RowGuide:
             self._budget.push(id)
         self._answer(id)
 
+    def close(self) -> None:
+        """The row has ended."""
+        self._workers.shutdown(wait=False)
+
     def _answer(self, id: int | None) -> None:
         forced = None if self._budget is None else self._budget.forced()
         if self._form is None:

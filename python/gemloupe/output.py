@@ -120,7 +120,7 @@ class Output:
     def messages(self) -> list[dict[str, Any]]:
         """All that came: each round's message and the results of its calls, for a history."""
         messages = []
-        for output in (*self.rounds, self):
+        for output in (*self.rounds, self) if len(self.ids) else self.rounds:
             messages += [output.message, *(result.message for result in output.tool_results)]
         return messages
 

@@ -32,7 +32,7 @@ class Piece:
     tool_errors: list[dict[str, str]] = field(default_factory=list)
     """Calls that can't be read, as in `Output.tool_errors`; `text` holds them too."""
     tool_results: list[ToolResult] = field(default_factory=list)
-    """What the calls of a round gave, in the round's last piece; the row goes on after it."""
+    """What the calls of a round gave, in a piece of its own; the row goes on after it."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each of `ids`, where the call asked for them."""
     finish_reason: str | None = None

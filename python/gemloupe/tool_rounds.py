@@ -22,19 +22,19 @@ def next_prompt(prompt: Prompt, said: Mapping[str, Any], results: Sequence[ToolR
     """
     template = prompt.tokenizer.chat_template
     tools = [tool.schema for tool in prompt.tools]
-    before = [*prompt.messages, said]
+    # Templates disagree about where a text beside calls stands; what follows is the same.
+    bare = {**said, "content": ""}
 
     def render(messages: Sequence[Mapping[str, Any]], asks: bool) -> str:
         return template.render(
             messages, tools=tools, thinking=prompt.thinking, add_generation_prompt=asks
         )
 
-    begun = render(before, False).removesuffix("\n").removesuffix(TURN_CLOSE)
+    begun = render([*prompt.messages, bare], False).removesuffix("\n").removesuffix(TURN_CLOSE)
     problem = None
-    for added in _forms(said, results):
-        messages = [*prompt.messages, *added]
+    for form in _FORMS:
         try:
-            text = render(messages, True)
+            text = render([*prompt.messages, *form(bare, results)], True)
         except ValueError as error:
             problem = error
             continue
@@ -42,20 +42,41 @@ def next_prompt(prompt: Prompt, said: Mapping[str, Any], results: Sequence[ToolR
         if text.startswith(begun) and tail.startswith(RESULT_OPEN):
             ids = np.array(prompt.tokenizer.encode(tail, bos=False), np.int32)
             ids.setflags(write=False)
-            return dataclasses.replace(prompt, ids=ids, media=(), messages=tuple(messages))
+            messages = (*prompt.messages, *form(said, results))
+            return dataclasses.replace(prompt, ids=ids, media=(), messages=messages)
     raise ValueError(
         f"{template.origin}: the chat template does not continue a tool call with its result; "
         "pass max_tool_rounds=0 and write the next prompt yourself"
     ) from problem
 
 
-def _forms(said: Mapping[str, Any], results: Sequence[ToolResult]) -> list[list[Mapping[str, Any]]]:
-    """The ways in which templates take results, the newest first."""
+def check_template(prompt: Prompt) -> None:
+    """Raises ValueError where `next_prompt` would, before anything is generated."""
+    name = prompt.tools[0].name
+    call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": {}}}
+    next_prompt(prompt, {"role": "assistant", "tool_calls": [call]}, [ToolResult(call, "")])
+
+
+# The ways in which templates take the message with calls and their results, the newest first.
+
+
+def _as_messages(said: Mapping[str, Any], results: Sequence[ToolResult]) -> list[Any]:
+    return [said, *(result.message for result in results)]
+
+
+def _beside_calls(said: Mapping[str, Any], results: Sequence[ToolResult]) -> list[Any]:
     messages = [result.message for result in results]
-    legacy = [{"name": each["name"], "response": each["content"]} for each in messages]
-    texts = [
-        {**each, "content": each["content"] if isinstance(each["content"], str) else
-         as_json(each["content"])}
-        for each in messages
-    ]  # fmt: skip
-    return [[said, *messages], [{**said, "tool_responses": legacy}], [said, *texts]]
+    beside = [{"name": each["name"], "response": each["content"]} for each in messages]
+    return [{**said, "tool_responses": beside}]
+
+
+def _as_texts(said: Mapping[str, Any], results: Sequence[ToolResult]) -> list[Any]:
+    messages: list[Any] = [said]
+    for result in results:
+        content = result.message["content"]
+        text = content if isinstance(content, str) else as_json(content)
+        messages.append({**result.message, "content": text})
+    return messages
+
+
+_FORMS = (_as_messages, _beside_calls, _as_texts)
