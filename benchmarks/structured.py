@@ -103,7 +103,7 @@ def main() -> None:
     model = gl.load(arguments.model, threads=arguments.threads)
     vocab_size = model.config.text.vocab_size
     with tempfile.TemporaryDirectory() as name:
-        if not model.tokenizer.exists and model.checkpoint.kind != "gguf":
+        if not model.tokenizer.exists:
             random_vocabulary(Path(name), vocab_size)
             model._tokenizer = Tokenizer(name, model.config)
         report(model, vocab_size, arguments)

@@ -46,7 +46,13 @@ void BindSession(py::module_& module) {
       .def_readwrite("prompt_logprobs", &RowRequest::prompt_logprobs)
       .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.")
       .def_readwrite("mask", &RowRequest::mask, "A TokenMask that is asked for every token.")
-      .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.");
+      .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.")
+      .def_property(
+          "adapters", nullptr,
+          [](RowRequest& request, const PyAdapterMix& adapters) {
+            request.adapters = UseAdapters(adapters);
+          },
+          "[(adapter, weight)] of this row.");
 
   py::class_<TokenLogprobs>(module, "TokenLogprobs")
       .def_readonly("logprob", &TokenLogprobs::logprob)

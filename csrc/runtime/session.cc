@@ -118,6 +118,7 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
     if (wants_prompt || at == prompt - 1) pass.logits_rows.push_back(at - begin);
   }
   if (row.request.hooks != nullptr) pass.hooks = {row.request.hooks.get()};
+  pass.adapters = {row.request.adapters};
   pass.softcap = row.request.softcap;
   pass.stopped = stopped;
   GL_RETURN_IF_ERROR(model_->Forward(pass, logits_));
@@ -153,6 +154,7 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
     pass.logits_rows.push_back(pass.batch.rows());
     pass.batch.Append(lease.get(), &row.last_token, 1);
     pass.hooks.push_back(row.request.hooks.get());
+    pass.adapters.push_back(row.request.adapters);
     leases.push_back(std::move(lease));
   }
   // One soft-cap serves the pass: rows of one call share it.

@@ -30,6 +30,7 @@ struct RowRequest {
   std::optional<float> softcap;
   std::shared_ptr<Hooks> hooks;     // null: nobody looks
   std::shared_ptr<TokenMask> mask;  // asked before every token; null: any id
+  AdapterMix adapters;
 };
 
 // What one step did to one row.

@@ -181,10 +181,39 @@ class TextModel:
         chunk: int,
         first_layer: int = ...,
         resid_pre: np.ndarray | None = ...,
+        adapters: Sequence[tuple[Adapter, float]] = ...,
     ) -> np.ndarray | None: ...
     def unembed(
         self, x: np.ndarray, norm: bool, softcap: float | None, vocab: Sequence[int]
     ) -> np.ndarray: ...
+
+class Adapter:
+    def __init__(self, model: TextModel, dtype: str) -> None: ...
+    def add(
+        self,
+        layer: int,
+        module: str,
+        a: np.ndarray,
+        b: np.ndarray,
+        scale: float,
+        bias: np.ndarray | None = ...,
+        gain: np.ndarray | None = ...,
+    ) -> None: ...
+    def add_experts(
+        self, layer: int, module: str, a: np.ndarray, b: np.ndarray, scale: float
+    ) -> None: ...
+    def replace(self, layer: int, module: str, weight: np.ndarray) -> None: ...
+    def replace_rows(self, module: str, ids: Sequence[int], rows: np.ndarray) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def merge_adapters(
+    model: TextModel,
+    adapters: Sequence[tuple[Adapter, float]],
+    requantize: bool = ...,
+    progress: Callable[[float], None] | None = ...,
+) -> list[tuple[str, float]]: ...
+def adapted_module_shape(model: TextModel, layer: int, module: str) -> list[int] | None: ...
 
 class PositionFilter:
     def __init__(self, listed: Sequence[int], begin: int | None) -> None: ...
@@ -203,6 +232,14 @@ class Hooks:
         before: bool,
         reduce: str,
         group: int,
+    ) -> int: ...
+    def add_delta_capture(
+        self,
+        adapter: Adapter,
+        module: str,
+        layer: int,
+        filter: PositionFilter,
+        reduce: str,
     ) -> int: ...
     def add_edit(self, point: int, layer: int, filter: PositionFilter, edit: Edit) -> None: ...
     def take(self, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int]]]: ...
@@ -228,6 +265,7 @@ class RowRequest:
     softcap: float | None
     hooks: Hooks | None
     mask: TokenMask | None
+    adapters: Sequence[tuple[Adapter, float]]
     def __init__(self) -> None: ...
 
 class TokenMask:
