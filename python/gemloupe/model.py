@@ -19,6 +19,7 @@ from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
+from gemloupe.media import Reader
 from gemloupe.output import Output
 from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
@@ -321,6 +322,12 @@ class Model:
 
         A str is raw text (one BOS, no template), a list of dicts one chat (template), a list of
         ints or a 1-D array ids, taken as given. `bos=False` begins with none.
+
+        `images`, `audio`, `videos`: one, or a list in the order of the placeholders (<|image|>,
+        <|audio|>, <|video|>) in the text, or of the messages' parts ({"type": "image"}; a part may
+        bring its own: {"type": "image", "image": …}). Soft tokens [n, D] may stand for an image or
+        a sound. Ids hold runs of n placeholder ids already. In a batch, a list of one entry a row.
+        ValueError naming both counts where they differ.
         """
         return prepare(
             x,
@@ -332,6 +339,7 @@ class Model:
             images=images,
             audio=audio,
             videos=videos,
+            reader=self.media_reader,
         )
 
     def run(self, x: Any, **arguments: Any) -> Any:
@@ -356,8 +364,8 @@ class Model:
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
         softcap: "config", a number, or None for uncapped logits.
-        thinking, bos: as in `prepare`.
-        chunk: tokens of one pass; 512 by default.
+        thinking, bos, images, audio, videos: as in `prepare`.
+        chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
         """
         return _run.run(self, x, **arguments)
 
@@ -502,6 +510,11 @@ class Model:
             ("cache", self.kv_dtype),
             ("runs on", f"{self.threads} threads, {_core.isa()}"),
         ]
+
+    @functools.cached_property
+    def media_reader(self) -> Reader:
+        """Reads images, sounds and videos for this model's prompts."""
+        return Reader(self.config.text.hidden_size)
 
     # What gemloupe.generation asks of a model.
 
