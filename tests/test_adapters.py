@@ -158,11 +158,23 @@ def test_sharing_layers_and_towers_are_listed_as_ignored(base, made, tmp_path):
     assert [one.reason for one in report.ignored] == [
         "layer 8 reads the keys and values of layer 3",
         "layer 8 reads the keys and values of layer 3",
-        "vision_tower is not loaded",
+        "this model has no vision_tower",
     ]
     assert "ignored     3 tensors" in repr(report)
     text = refused(base(), copy, strict=True)
     assert "3 problems" in text and "layer 8 reads" in text
+
+
+def test_tensors_of_a_tower_that_runs_unadapted_warn(tiny, tmp_path):
+    base, folder = tiny("e2b", towers="tiny")
+    targets = r".*language_model.*q_proj|.*embed_vision.embedding_projection"
+    peft = made_adapters.make(base, target_modules=targets, r=2)
+    model = gl.load(folder, dtype="float32")
+    with pytest.warns(UserWarning, match="2 tensors are not applied"):
+        adapter = model.load_adapter(made_adapters.save(peft, tmp_path / "a"))
+    assert {one.reason for one in adapter.report().ignored} == {
+        "embed_vision is run without adapters by this version"
+    }
 
 
 # What is refused.

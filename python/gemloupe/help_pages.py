@@ -15,6 +15,7 @@ PAGES = (
     "numbers",
     "adapters",
     "errors",
+    "chat",
     "from_transformer_lens",
     "from_transformers",
     "from_nnsight",

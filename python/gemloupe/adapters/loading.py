@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from gemloupe.adapters import folder as _folder
 from gemloupe.adapters import measure
 from gemloupe.adapters.adapter import BAR_WEIGHTS, Adapter, Held
 from gemloupe.adapters.folder import AdapterFolder
-from gemloupe.adapters.matching import LowRank, Match, Replacement, Rows, match
+from gemloupe.adapters.matching import NOT_ADAPTED, LowRank, Match, Replacement, Rows, match
 from gemloupe.adapters.measure import Product
 from gemloupe.adapters.modules import Module
 from gemloupe.adapters.report import Change
@@ -62,7 +63,8 @@ def default_name(opened: AdapterFolder) -> str:
 
 def matching(opened: AdapterFolder, model: Model, strict: bool) -> Match:
     """What each tensor changes in the model; one ValueError lists all that does not fit."""
-    matched, problems = match(opened.tensors, opened.config, model.config.text)
+    towers = model.checkpoint.towers
+    matched, problems = match(opened.tensors, opened.config, model.config.text, towers)
     if strict:
         problems += [f"{quoted(one.key)}: {one.reason}" for one in matched.ignored]
     if not problems:
@@ -79,6 +81,13 @@ def matching(opened: AdapterFolder, model: Model, strict: bool) -> Match:
         raise ValueError(
             f"{opened.weights}: the adapter does not fit {quoted(model.checkpoint.source)}; "
             f"{len(problems)} problems:\n{bullet_list(problems)}\n{advice}"
+        )
+    unapplied = [one for one in matched.ignored if one.reason.endswith(NOT_ADAPTED)]
+    if unapplied:
+        warnings.warn(
+            f"{opened.source}: {unapplied[0].reason}: images and sounds are read as by the base "
+            f"model; {len(unapplied)} tensors are not applied",
+            stacklevel=6,
         )
     return matched
 

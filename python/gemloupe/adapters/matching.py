@@ -5,7 +5,7 @@ Nothing is read but names and shapes: `match` either accounts for every tensor o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from gemloupe.errors import MAX_LISTED, did_you_mean, format_shape, quoted
 from gemloupe.safetensors_header import TensorInfo
 
 DTYPES = ("F32", "BF16", "F16")
+NOT_ADAPTED = "is run without adapters by this version"
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,16 @@ class Match:
 
 
 def match(
-    tensors: Iterable[TensorInfo], adapter: AdapterConfig, config: TextConfig
+    tensors: Iterable[TensorInfo],
+    adapter: AdapterConfig,
+    config: TextConfig,
+    towers: Collection[str] = (),
 ) -> tuple[Match, list[str]]:
-    """Assigns every tensor to a module; returns also what is wrong, a line each."""
-    matcher = _Matcher(adapter, config)
+    """Assigns every tensor to a module; returns also what is wrong, a line each.
+
+    `towers`: the vision and audio modules that the model has.
+    """
+    matcher = _Matcher(adapter, config, towers)
     for tensor in tensors:
         matcher.sort(tensor)
     matcher.pair()
@@ -110,6 +117,7 @@ def match(
 class _Matcher:
     adapter: AdapterConfig
     config: TextConfig
+    towers: Collection[str]
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -139,7 +147,9 @@ class _Matcher:
             if tower is None:
                 self._unmatched(tensor, key.path)
             else:
-                self.ignored.append(Ignored(tensor.name, f"{tower} is not loaded"))
+                here = f"{tower} {NOT_ADAPTED}"
+                reason = here if tower in self.towers else f"this model has no {tower}"
+                self.ignored.append(Ignored(tensor.name, reason))
         elif (f"{path}.weight" if key.part != "saved" else path) in self.unused:
             layer = int(path.split(".")[1])
             source = self.config.layers[layer].kv_source
