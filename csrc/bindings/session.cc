@@ -52,7 +52,13 @@ void BindSession(py::module_& module) {
           [](RowRequest& request, const PyAdapterMix& adapters) {
             request.adapters = UseAdapters(adapters);
           },
-          "[(adapter, weight)] of this row.");
+          "[(adapter, weight)] of this row.")
+      .def_property(
+          "media", [](const RowRequest& request) { return request.media != nullptr; },
+          [](RowRequest& request, const std::shared_ptr<MediaInput>& media) {
+            request.media = media;
+          },
+          "Soft tokens of the ids, or None.");
 
   py::class_<TokenLogprobs>(module, "TokenLogprobs")
       .def_readonly("logprob", &TokenLogprobs::logprob)

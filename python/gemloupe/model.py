@@ -11,21 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from gemloupe import _core, cache_file, generation, recipe, routing, sizes
+from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
+from gemloupe.adapters import Adapter
+from gemloupe.adapters.registry import Adapters
 from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
+from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
+from gemloupe.media import Reader, SoftTokens
+from gemloupe.media.images import DEFAULT_BUDGET
+from gemloupe.media.vision import Vision
 from gemloupe.output import Output
 from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
 from gemloupe.safetensors_header import TensorInfo
 from gemloupe.stream import Stream
-from gemloupe.table import facts_html
+from gemloupe.table import Table, facts_html
 from gemloupe.tokenizer import Tokenizer
+from gemloupe.vision_config import read_vision_config
 from gemloupe.weights import Weights
 
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
@@ -42,6 +49,7 @@ def load(
     max_memory: int | None = None,
     residency: str = "mapped",
     activations: str = "auto",
+    adapter: Any = None,
     invariant: bool | None = None,
     embed_scale: str = "auto",
 ) -> Model:
@@ -100,7 +108,14 @@ def load(
     weights.set_resident(residency == "resident")
     with _load_bar(checkpoint, targets, residency) as bar:
         core = _core.TextModel(core_config(checkpoint.config.text), weights, options, bar.show)
-    return Model(core, checkpoint, preset, kv_dtype)
+    model = Model(core, checkpoint, preset, kv_dtype, options)
+    for source_of, weight in (_adapter_weights(adapter) if adapter is not None else {}).items():
+        model.adapters.default[model.load_adapter(source_of).name] = weight
+    return model
+
+
+def _adapter_weights(adapter: Any) -> Mapping[Any, float]:
+    return adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -265,12 +280,22 @@ class Model:
     """A Gemma 4 model, made by `load`. Threads may share one: their passes take turns."""
 
     def __init__(
-        self, core: _core.TextModel, checkpoint: Checkpoint, dtype: str, kv_dtype: str
+        self,
+        core: _core.TextModel,
+        checkpoint: Checkpoint,
+        dtype: str,
+        kv_dtype: str,
+        options: _core.TextModelOptions,
     ) -> None:
         self.core = core
+        self.adapters = Adapters(self)
+        """The adapters that are loaded, by name; see `load_adapter`."""
+        self.embed_scale = "bfloat16" if options.round_embed_scale else "float32"
+        """The dtype that √hidden_size is rounded to."""
         self.checkpoint = checkpoint
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         self.kv_dtype = kv_dtype
+        self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
 
     @property
@@ -313,6 +338,7 @@ class Model:
         images: Any = None,
         audio: Any = None,
         videos: Any = None,
+        max_soft_tokens: int | Sequence[int | None] | None = None,
         tools: Sequence[Any] | None = None,
         thinking: bool = False,
         bos: bool | str = "auto",
@@ -321,6 +347,14 @@ class Model:
 
         A str is raw text (one BOS, no template), a list of dicts one chat (template), a list of
         ints or a 1-D array ids, taken as given. `bos=False` begins with none.
+
+        `images`, `audio`, `videos`: one, or a list in the order of the placeholders (<|image|>,
+        <|audio|>, <|video|>) in the text, or of the messages' parts ({"type": "image"}; a part may
+        bring its own: {"type": "image", "image": …}). Soft tokens [n, D] may stand for an image or
+        a sound. Ids hold runs of n placeholder ids already. In a batch, a list of one entry a row.
+        ValueError naming both counts where they differ. `max_soft_tokens`: 70, 140, 280 (where
+        None), 560 or 1120, of every image, or a list of one number an image of `images`; a part
+        may say its own.
         """
         return prepare(
             x,
@@ -332,6 +366,8 @@ class Model:
             images=images,
             audio=audio,
             videos=videos,
+            max_soft_tokens=max_soft_tokens,
+            reader=self.media_reader,
         )
 
     def run(self, x: Any, **arguments: Any) -> Any:
@@ -352,12 +388,15 @@ class Model:
         check_finite: ValueError for edits that write NaN or infinity.
         routing: "full" gives `run.routing` everything that the routers computed, "experts" the
             experts and their weights, False nothing; "full" unless a run is repeated.
+        adapter: the name of an adapter, an `Adapter`, {"a": 0.5, "b": 0.5} for several with
+            weights, {} for none, or None for those that are active (`set_adapter`); in a batch
+            also a list, one entry a row. A run that is repeated keeps its adapters.
         keep: hold what `model.run(this_run, edit=…)` begins from: that repeats the input with
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
         softcap: "config", a number, or None for uncapped logits.
-        thinking, bos: as in `prepare`.
-        chunk: tokens of one pass; 512 by default.
+        thinking, bos, images, audio, videos, max_soft_tokens: as in `prepare`.
+        chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
         """
         return _run.run(self, x, **arguments)
 
@@ -368,6 +407,84 @@ class Model:
     def chat(self, message: Any, **arguments: Any) -> Output | list[Output] | Stream:
         """Generates the answer to one user message, or to a list of messages."""
         return generation.chat(self, message, **arguments)
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        scale: float = 1.0,
+        strict: bool = False,
+        *,
+        dtype: str = "auto",
+    ) -> Adapter:
+        """Loads a LoRA adapter that PEFT saved; calls run under it with adapter=name.
+
+        a = model.load_adapter("my-adapter")
+        print(a.report())
+        model.chat("Hi", adapter="my-adapter")
+
+        `path`: a folder with adapter_config.json and adapter_model.safetensors, or a hub id.
+        `name`: the folder's own where left out. `scale` multiplies all its changes. It works
+        beside weights of any dtype, which stay as they are; several models of one process that
+        load the same adapter share it, and calls in other threads go on meanwhile. `dtype`: how A
+        and B are held, "float32", "bfloat16" or "float16"; "auto" is as stored, but bfloat16
+        beside quantised weights.
+
+        Tensors for keys and values of layers that read those of others, and for vision and audio
+        parts that are not loaded, are listed as ignored in `a.report()`; `strict=True` makes them
+        errors. Any other tensor that fits no module, an A without B, a wrong shape, another base
+        model and options that this version doesn't know are one ValueError that lists them all.
+        FileNotFoundError (a trainer's folder: listing its checkpoints), ConnectionError for a hub
+        out of reach. After an error the model is as it was.
+        """
+        return self.adapters.load(path, name, scale, strict, dtype)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter; calls that run under it still end. KeyError for an unknown name.
+
+        RuntimeError while it is merged. PEFT's other name for it is `unload_adapter`.
+        """
+        self.adapters.delete(name)
+
+    unload_adapter = delete_adapter
+
+    def list_adapters(self) -> Table:
+        """The loaded adapters as a table: name, scale, modules, MiB, active, from."""
+        return self.adapters.table()
+
+    def set_adapter(self, adapter: Any) -> None:
+        """Makes adapters active: later calls without adapter= run under them.
+
+        `adapter`: a name, an `Adapter`, a list of these, {"a": 0.5, "b": 0.5}, {} for none, or None
+        to go back to what `gl.load(adapter=)` said. It counts in this thread (or task) only, and
+        is read when a call begins. KeyError for a name that is not loaded.
+        """
+        self.adapters.set(adapter)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Calls inside a with block, in this thread (or task), run under no adapter.
+
+        Those that name one with adapter= still do. RuntimeError at a call while one is merged.
+        """
+        return self.adapters.disabled()
+
+    def merge_adapter(
+        self, adapter: str | Adapter, weight: float = 1.0, *, requantize: bool = False
+    ) -> Table:
+        """Folds an adapter into copies of the weights: every later call has it, at no cost.
+
+        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. Merged
+        int4 and int8 tensors become int8 with a scale for each row unless `requantize`, which
+        keeps their dtype. Returns a table of modules and the relative errors of what is stored,
+        ‖stored − (W + ΔW)‖ / ‖W + ΔW‖. RuntimeError where it is merged already; MemoryError.
+        """
+        return self.adapters.merge(adapter, weight, requantize)
+
+    def unmerge_adapter(
+        self, adapter: str | Adapter | None = None, *, requantize: bool = False
+    ) -> Table:
+        """Takes an adapter, or all of them, out of the weights again; the rest is merged anew."""
+        return self.adapters.unmerge(adapter, requantize)
 
     def routing_stats(
         self, *, coactivation: bool = False
@@ -429,7 +546,7 @@ class Model:
                 _core.DEFAULT_CHUNK,
                 separate_keys,
             ),
-            self._fingerprint,
+            self.fingerprint,
         )
 
     def unembed(
@@ -456,12 +573,15 @@ class Model:
         return self.core.unembed(np.atleast_2d(rows), norm, None if softcap else 0.0, ids)
 
     @functools.cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """What the model is, as JSON: files that belong to it say it."""
         return cache_file.fingerprint(self)
 
     def explain(self) -> _inspect.Report:
-        """What this model is made of: layers, sharing, parameters, bytes; print it."""
-        return _inspect.describe(self.checkpoint)
+        """What this model is made of: layers, sharing, parameters, bytes, adapters; print it."""
+        return dataclasses.replace(
+            _inspect.describe(self.checkpoint), adapters=self.adapters.describe()
+        )
 
     def __repr__(self) -> str:
         text = self.config.text
@@ -503,6 +623,51 @@ class Model:
             ("runs on", f"{self.threads} threads, {_core.isa()}"),
         ]
 
+    def embedding_scale(self, name: str) -> float:
+        """What rows of "embed_tokens" or "embed_tokens_per_layer" are multiplied with."""
+        text = self.config.text
+        per_layer = name == "embed_tokens_per_layer"
+        size = text.hidden_size_per_layer_input if per_layer else text.hidden_size
+        return embed_scale(self.embed_scale, size)
+
+    @functools.cached_property
+    def media_reader(self) -> Reader:
+        """Reads images, sounds and videos for this model's prompts."""
+        readers = {} if self.vision is None else {"image": self.vision.read}
+        return Reader(self.config.text.hidden_size, readers)
+
+    @functools.cached_property
+    def vision(self) -> Vision | None:
+        """What reads images; None where the checkpoint has no vision part."""
+        where = f"{self.checkpoint.folder}: config.json"
+        config = read_vision_config(self.config.raw, self.config.text.hidden_size, where)
+        if config is None or not towers.has_vision(self.checkpoint):
+            return None
+        return Vision(config, self._load_vision)
+
+    def _load_vision(self, config: _core.VisionConfig) -> _core.VisionModel:
+        options = _core.VisionOptions()
+        options.bfloat16_matmul = self._options.bfloat16_matmul
+        options.invariant = self._options.invariant
+        options.threads = self._options.threads
+        weights = towers.weights(self.checkpoint, towers.VISION)
+        return _core.VisionModel(config, weights, options)
+
+    def encode_image(self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET) -> SoftTokens:
+        """Soft tokens float32 [n, D] of an image, as the text model reads them.
+
+        `image`: a path, bytes of a file, a data URL, a PIL image, or an array uint8 [H, W, 3].
+        `max_soft_tokens`: 70, 140, 280, 560 or 1120; n is what its shape fills of them. Prompts
+        take the result in place of the image. ValueError for what is no image, and where the model
+        reads none; ImportError without Pillow (`pip install gemloupe[media]`).
+        """
+        if self.vision is None:
+            raise ValueError(
+                f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
+                "checkpoint: load the folder or hub id of the whole model"
+            )
+        return self.vision.encode_image(image, max_soft_tokens)
+
     # What gemloupe.generation asks of a model.
 
     def new_session(self) -> _core.Session:
@@ -518,7 +683,7 @@ class Model:
         return cache.core
 
     def wrap_cache(self, core_cache: _core.KvCache) -> KvCache:
-        return KvCache(core_cache, self._fingerprint)
+        return KvCache(core_cache, self.fingerprint)
 
 
 __all__ = ["Model", "Prompt", "load"]
