@@ -93,6 +93,7 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindWeights(module);
   gemloupe::BindHooks(module);
   gemloupe::BindTextModel(module);
+  gemloupe::BindAudioTower(module);
   gemloupe::BindSession(module);
   gemloupe::BindSystem(module);
 }

@@ -81,6 +81,42 @@ enum class HookPoint : uint8_t {
   kFinalNorm,
   kLogitsRaw,
   kLogits,
+  // Of the audio tower, which runs by itself before the text model:
+  kAudioMel,
+  kAudioSubsampled,
+  // Of every layer of it:
+  kAudioResidPre,
+  kAudioFfn1Norm,
+  kAudioFfn1Hidden,
+  kAudioFfn1Out,
+  kAudioFfn1Post,
+  kAudioResidFfn1,
+  kAudioAttnNorm,
+  kAudioAttnQProj,
+  kAudioAttnKProj,
+  kAudioAttnQ,
+  kAudioAttnK,
+  kAudioAttnV,
+  kAudioAttnScores,
+  kAudioAttnPattern,
+  kAudioAttnZ,
+  kAudioAttnOut,
+  kAudioAttnPost,
+  kAudioResidMid,
+  kAudioConvNorm,
+  kAudioConvGated,
+  kAudioConvHidden,
+  kAudioConvOut,
+  kAudioResidConv,
+  kAudioFfn2Norm,
+  kAudioFfn2Hidden,
+  kAudioFfn2Out,
+  kAudioFfn2Post,
+  kAudioResidFfn2,
+  kAudioResidPost,
+  // After its last layer:
+  kAudioEncoded,
+  kAudioSoftTokens,
 };
 
 struct HookPointInfo {
@@ -95,6 +131,9 @@ struct HookPointInfo {
   const char* transformers;
   // The same value's name in TransformerLens; "" where it has none.
   const char* transformer_lens;
+  // "audio" of the audio tower, whose name comes before all others; "" of the text model. Paths of
+  // transformers begin at its multimodal model.
+  const char* tower = "";
 };
 
 // One row a point, in the order of the enum.
@@ -106,10 +145,11 @@ inline bool IsCached(HookPoint point) {
 }
 // Whether there is a row for each head and row of the pass: [N, T, S].
 inline bool IsByHead(HookPoint point) {
-  return point == HookPoint::kAttnScores || point == HookPoint::kAttnPattern;
+  return point == HookPoint::kAttnScores || point == HookPoint::kAttnPattern ||
+         point == HookPoint::kAudioAttnScores || point == HookPoint::kAudioAttnPattern;
 }
 
-// "layers.3.resid_post" or "embed".
+// "layers.3.resid_post", "embed" or "audio.layers.0.ffn1.out".
 std::string HookName(HookPoint point, int layer);
 
 }  // namespace gemloupe

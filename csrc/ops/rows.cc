@@ -32,6 +32,30 @@ void GeluMul(ConstMatrix gate, ConstMatrix up, Matrix dst) {
   });
 }
 
+void SigmoidMul(ConstMatrix x, ConstMatrix gate, Matrix dst) {
+  ForRows(dst.rows, 4 * RowBytes(x), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().sigmoid_mul(dst.row(row), x.row(row), gate.row(row), dst.cols);
+    }
+  });
+}
+
+void Clamp(ConstMatrix src, float low, float high, Matrix dst) {
+  ForRows(dst.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().clamp(dst.row(row), src.row(row), low, high, dst.cols);
+    }
+  });
+}
+
+void AddScaled(ConstMatrix src, float factor, Matrix dst) {
+  ForRows(dst.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().add_scaled(dst.row(row), src.row(row), factor, dst.cols);
+    }
+  });
+}
+
 void Add(ConstMatrix a, ConstMatrix b, Matrix dst) {
   ForRows(dst.rows, RowBytes(a), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
