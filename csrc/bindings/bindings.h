@@ -83,6 +83,7 @@ void BindWeights(pybind11::module_& module);
 void BindAudioTower(pybind11::module_& module);
 void BindTextModel(pybind11::module_& module);
 void BindSession(pybind11::module_& module);
+void BindVision(pybind11::module_& module);
 void BindSystem(pybind11::module_& module);
 
 }  // namespace gemloupe

@@ -183,7 +183,7 @@ void BindHooks(py::module_& module) {
       [](const std::string& tower) {
         py::list points;
         for (const HookPointInfo& info : HookPoints()) {
-          if (info.tower != tower) continue;
+          if (info.tower != tower || IsVisionOnly(info.point)) continue;
           points.append(py::make_tuple(info.name, info.per_layer, info.shape, info.editable,
                                        info.transformers, info.transformer_lens));
         }
@@ -191,7 +191,7 @@ void BindHooks(py::module_& module) {
       },
       py::arg("tower") = "",
       "(name, of every layer?, shape, editable?, transformers path, TransformerLens name) of each "
-      "hook point of the text model or a tower, in model order.");
+      "hook point of the text model or the audio tower, in model order.");
   module.def(
       "first_hook_point",
       [](const std::string& tower) {
@@ -200,6 +200,19 @@ void BindHooks(py::module_& module) {
         return std::find_if(points.begin(), points.end(), of_tower) - points.begin();
       },
       py::arg("tower"), "The index of a tower's first point in the engine's table.");
+  module.def(
+      "vision_hook_points",
+      [] {
+        py::list points;
+        for (const HookPointInfo& info : HookPoints()) {
+          if (!info.in_vision) continue;
+          points.append(py::make_tuple(static_cast<int>(info.point), info.name, info.per_layer,
+                                       info.shape, info.editable, info.transformers));
+        }
+        return points;
+      },
+      "(number, name, of every layer?, shape, editable?, transformers path) of each hook point of "
+      "the vision tower, in the order of the table.");
 }
 
 }  // namespace gemloupe

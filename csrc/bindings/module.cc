@@ -95,5 +95,6 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindTextModel(module);
   gemloupe::BindAudioTower(module);
   gemloupe::BindSession(module);
+  gemloupe::BindVision(module);
   gemloupe::BindSystem(module);
 }

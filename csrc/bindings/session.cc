@@ -28,7 +28,13 @@ void BindSession(py::module_& module) {
                      "Alternatives to report; -1 for none at all.")
       .def_readwrite("prompt_logprobs", &RowRequest::prompt_logprobs)
       .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.")
-      .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.");
+      .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.")
+      .def_property(
+          "media", [](const RowRequest& request) { return request.media != nullptr; },
+          [](RowRequest& request, const std::shared_ptr<MediaInput>& media) {
+            request.media = media;
+          },
+          "Soft tokens of the ids, or None.");
 
   py::class_<TokenLogprobs>(module, "TokenLogprobs")
       .def_readonly("logprob", &TokenLogprobs::logprob)

@@ -81,6 +81,11 @@ enum class HookPoint : uint8_t {
   kFinalNorm,
   kLogitsRaw,
   kLogits,
+  // Of the vision tower, whose layers have points of the decoder's layers too:
+  kVisionPatches,
+  kVisionPooled,
+  kVisionStandardized,
+  kVisionSoftTokens,
   // Of the audio tower, which runs by itself before the text model:
   kAudioMel,
   kAudioSubsampled,
@@ -131,6 +136,9 @@ struct HookPointInfo {
   const char* transformers;
   // The same value's name in TransformerLens; "" where it has none.
   const char* transformer_lens;
+  // Whether the layers of the vision tower have it too: as "vision.layers.{i}." and its name, and in
+  // transformers as "vision_tower.encoder." and the path. Points of the tower alone have full names.
+  bool in_vision = false;
   // "audio" of the audio tower, whose name comes before all others; "" of the text model. Paths of
   // transformers begin at its multimodal model.
   const char* tower = "";
@@ -139,6 +147,10 @@ struct HookPointInfo {
 // One row a point, in the order of the enum.
 const std::vector<HookPointInfo>& HookPoints();
 
+// Whether a point is of the vision tower alone.
+inline bool IsVisionOnly(HookPoint point) {
+  return point >= HookPoint::kVisionPatches && point <= HookPoint::kVisionSoftTokens;
+}
 // Whether the rows are positions of the cache, not rows of the pass.
 inline bool IsCached(HookPoint point) {
   return point == HookPoint::kAttnKeys || point == HookPoint::kAttnValues;

@@ -1,26 +1,34 @@
 #include "layers/clipped_linear.h"
 
+#include <vector>
+
 #include "ops/linear.h"
 #include "ops/rows.h"
 
 namespace gemloupe {
-namespace {
 
-bool Bounds(float low, float high) {
-  return low != -ClippedLinear::kUnbounded || high != ClippedLinear::kUnbounded;
-}
-
-}  // namespace
-
-Status ClippedLinear::Forward(ConstMatrix x, const PassContext& ctx, Matrix out) const {
-  const Arena::Scope scope(*ctx.arena);
-  if (Bounds(input_min, input_max)) {
-    const Matrix clipped = ctx.arena->NewMatrix(x.rows, x.cols);
-    Clamp(x, input_min, input_max, clipped);
-    x = clipped;
+Status Forward(ConstMatrix x, std::span<const ClippedJob> jobs, const PassContext& ctx) {
+  // Neighbours whose inputs have the same bounds (those of released models do) are one product.
+  for (size_t begin = 0; begin < jobs.size();) {
+    const ClippedLinear::Bounds bounds = jobs[begin].linear->input;
+    std::vector<LinearJob> group;
+    size_t end = begin;
+    for (; end < jobs.size() && jobs[end].linear->input == bounds; ++end) {
+      group.push_back({&jobs[end].linear->weight, jobs[end].dst});
+    }
+    const Arena::Scope scope(*ctx.arena);
+    ConstMatrix input = x;
+    if (bounds.clip()) {
+      const Matrix clamped = ctx.arena->NewMatrix(x.rows, x.cols);
+      Clamp(x, bounds.low, bounds.high, clamped);
+      input = clamped;
+    }
+    GL_RETURN_IF_ERROR(Linear(input, group, ctx.path, *ctx.arena));
+    for (; begin < end; ++begin) {
+      const ClippedLinear::Bounds& output = jobs[begin].linear->output;
+      if (output.clip()) Clamp(jobs[begin].dst, output.low, output.high, jobs[begin].dst);
+    }
   }
-  GL_RETURN_IF_ERROR(Linear(x, {{&weight, out}}, ctx.path, *ctx.arena));
-  if (Bounds(output_min, output_max)) Clamp(out, output_min, output_max, out);
   return absl::OkStatus();
 }
 

@@ -13,13 +13,9 @@
 namespace gemloupe {
 namespace {
 
-void Clip(float clip, Matrix x) {
-  if (clip < ClippedLinear::kUnbounded) Clamp(x, -clip, clip, x);
-}
-
 // norm(x within ±clip).
 void ClippedNorm(const Norm& norm, float clip, ConstMatrix x, Matrix dst) {
-  if (clip < ClippedLinear::kUnbounded) {
+  if (clip < kUnbounded) {
     Clamp(x, -clip, clip, dst);
     x = dst;
   }
@@ -74,10 +70,10 @@ Status AudioFeedForward::Forward(Matrix x, const PassContext& ctx) const {
   const Matrix hidden = ctx.arena->NewMatrix(x.rows, up.weight.shape[0]);
   ClippedNorm(norm, clip, x, normed);
   ctx.Visit(points.norm, normed);
-  GL_RETURN_IF_ERROR(up.Forward(normed, ctx, hidden));
+  GL_RETURN_IF_ERROR(gemloupe::Forward(normed, {{&up, hidden}}, ctx));
   SigmoidMul(hidden, hidden, hidden);
   ctx.Visit(points.hidden, hidden);
-  GL_RETURN_IF_ERROR(down.Forward(hidden, ctx, normed));
+  GL_RETURN_IF_ERROR(gemloupe::Forward(hidden, {{&down, normed}}, ctx));
   ctx.Visit(points.out, normed);
   ClippedNorm(post_norm, clip, normed, normed);
   ctx.Visit(points.post, normed);
@@ -93,9 +89,7 @@ Status AudioAttentionLayer::Forward(Matrix x, const PassContext& ctx, State& sta
   const Matrix v = ctx.arena->NewMatrix(x.rows, x.cols);
   ClippedNorm(norm, clip, x, normed);
   ctx.Visit(HookPoint::kAudioAttnNorm, normed);
-  GL_RETURN_IF_ERROR(q_proj.Forward(normed, ctx, q));
-  GL_RETURN_IF_ERROR(k_proj.Forward(normed, ctx, k));
-  GL_RETURN_IF_ERROR(v_proj.Forward(normed, ctx, v));
+  GL_RETURN_IF_ERROR(gemloupe::Forward(normed, {{&q_proj, q}, {&k_proj, k}, {&v_proj, v}}, ctx));
   ctx.Visit(HookPoint::kAudioAttnQProj, q);
   ctx.Visit(HookPoint::kAudioAttnKProj, k);
   const auto head_dim = static_cast<int64_t>(q_scale.size());
@@ -112,7 +106,7 @@ Status AudioAttentionLayer::Forward(Matrix x, const PassContext& ctx, State& sta
   const Matrix values = WithRecent(state.values, v, *ctx.arena);
   GL_RETURN_IF_ERROR(Attend(q, keys, values, ctx, normed));
   ctx.Visit(HookPoint::kAudioAttnZ, normed);
-  GL_RETURN_IF_ERROR(post.Forward(normed, ctx, q));
+  GL_RETURN_IF_ERROR(gemloupe::Forward(normed, {{&post, q}}, ctx));
   ctx.Visit(HookPoint::kAudioAttnOut, q);
   ClippedNorm(post_norm, clip, q, q);
   ctx.Visit(HookPoint::kAudioAttnPost, q);
@@ -165,7 +159,7 @@ Status LightConvolution::Forward(Matrix x, const PassContext& ctx, RecentRows& s
   const Matrix both = ctx.arena->NewMatrix(x.rows, 2 * cols);
   norm.Forward(x, normed);
   ctx.Visit(HookPoint::kAudioConvNorm, normed);
-  GL_RETURN_IF_ERROR(start.Forward(normed, ctx, both));
+  GL_RETURN_IF_ERROR(gemloupe::Forward(normed, {{&start, both}}, ctx));
   SigmoidMul(ConstMatrix(both.data, x.rows, cols, both.stride),
              ConstMatrix(both.data + cols, x.rows, cols, both.stride), normed);
   ctx.Visit(HookPoint::kAudioConvGated, normed);
@@ -190,7 +184,7 @@ Status LightConvolution::Forward(Matrix x, const PassContext& ctx, RecentRows& s
   SigmoidMul(normed, normed, normed);
   ctx.Visit(HookPoint::kAudioConvHidden, normed);
   const Matrix out(both.data, x.rows, cols);
-  GL_RETURN_IF_ERROR(end.Forward(normed, ctx, out));
+  GL_RETURN_IF_ERROR(gemloupe::Forward(normed, {{&end, out}}, ctx));
   ctx.Visit(HookPoint::kAudioConvOut, out);
   Add(x, out, x);
   state.Keep(all, kernel - 1);

@@ -2,6 +2,7 @@
 #define GEMLOUPE_LAYERS_CONFORMER_H_
 
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,8 @@
 
 // The boxes of the audio tower's layers (conformers). Each adds its branch to the residual stream.
 namespace gemloupe {
+
+inline constexpr float kUnbounded = std::numeric_limits<float>::infinity();
 
 // The last rows of an activation, which later rows of the same sound read.
 class RecentRows {
@@ -40,7 +43,7 @@ struct AudioFeedForward {
   ClippedLinear down;  // [D, F]
   Norm post_norm;
   float weight = 0.5f;
-  float clip = ClippedLinear::kUnbounded;  // activations lie within ±clip
+  float clip = kUnbounded;  // activations lie within ±clip
   Points points;
 
   Status Forward(Matrix x, const PassContext& ctx) const;
@@ -66,7 +69,7 @@ struct AudioAttentionLayer {
   int64_t num_heads = 1;
   int64_t window = 1;
   float softcap = 0.0f;
-  float clip = ClippedLinear::kUnbounded;
+  float clip = kUnbounded;
 
   Status Forward(Matrix x, const PassContext& ctx, State& state) const;
 
@@ -82,7 +85,7 @@ struct LightConvolution {
   std::vector<float> taps;  // [kernel, D], the oldest row first
   Norm conv_norm;
   ClippedLinear end;  // [D, D]
-  float clip = ClippedLinear::kUnbounded;
+  float clip = kUnbounded;
 
   Status Forward(Matrix x, const PassContext& ctx, RecentRows& state) const;
 };

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/thread_pool.h"
+#include "models/clipped_reader.h"
 #include "models/weight_names.h"
 #include "ops/dispatch.h"
 #include "ops/linear.h"
@@ -15,7 +16,6 @@
 namespace gemloupe {
 namespace {
 
-constexpr char kPrefix[] = "audio_tower.";
 // Features that one token is made of, and those before them that its convolutions reach.
 constexpr int64_t kFeaturesPerToken = 4;
 constexpr int64_t kReach = 3;
@@ -61,10 +61,10 @@ Status CheckConfig(const AudioConfig& config) {
                "as many as the first of subsampling_conv_channels");
 }
 
-// Reads the tensors of one module.
-class ModuleReader {
+// Reads the encoder's tensors, of one layer or outside them.
+class EncoderReader {
  public:
-  ModuleReader(std::string prefix, bool clipped, WeightStore& weights)
+  EncoderReader(std::string prefix, bool clipped, WeightStore& weights)
       : prefix_(std::move(prefix)), clipped_(clipped), weights_(weights) {}
 
   StatusOr<TensorView> Matrix(absl::string_view name, const std::vector<int64_t>& shape) {
@@ -86,24 +86,8 @@ class ModuleReader {
     GL_ASSIGN_OR_RETURN(std::vector<float> weight, Floats(name, {size}));
     return Norm(std::move(weight), eps);
   }
-  StatusOr<ClippedLinear> ReadLinear(absl::string_view module, int64_t out, int64_t in) {
-    ClippedLinear linear;
-    GL_ASSIGN_OR_RETURN(linear.weight,
-                        Matrix(absl::StrCat(module, names::kLinearWeight), {out, in}));
-    if (!clipped_) return linear;
-    const std::pair<const char*, float*> bounds[] = {{names::kInputMin, &linear.input_min},
-                                                     {names::kInputMax, &linear.input_max},
-                                                     {names::kOutputMin, &linear.output_min},
-                                                     {names::kOutputMax, &linear.output_max}};
-    for (const auto& [name, bound] : bounds) {
-      GL_ASSIGN_OR_RETURN(const std::vector<float> value, Floats(absl::StrCat(module, name), {}));
-      if (std::isnan(value[0])) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("tensor ", prefix_, module, name, " is NaN, expected a bound"));
-      }
-      *bound = value[0];
-    }
-    return linear;
+  StatusOr<ClippedLinear> ReadLinear(absl::string_view name, int64_t out, int64_t in) {
+    return ReadClipped(absl::StrCat(prefix_, name), out, in, clipped_, weights_);
   }
 
  private:
@@ -179,59 +163,59 @@ StatusOr<std::unique_ptr<AudioTower>> AudioTower::Load(const AudioConfig& config
   const int64_t width =
       config.num_hidden_layers > 0 ? config.output_proj_dims : config.feature_size;
   tower->projection_norm_ = Norm::WithoutWeight(width, static_cast<float>(config.rms_norm_eps));
-  GL_ASSIGN_OR_RETURN(tower->projection_,
-                      tower->weights_.Take(names::kEmbedAudio, {config.text_hidden_size, width}));
+  GL_ASSIGN_OR_RETURN(tower->projection_, tower->weights_.Take(names::audio::kProjection,
+                                                               {config.text_hidden_size, width}));
   tower->weights_.SetProgress(nullptr);
   return tower;
 }
 
 Status AudioTower::LoadEncoder() {
-  ModuleReader reader(kPrefix, false, weights_);
+  EncoderReader reader(names::audio::kPrefix, false, weights_);
   const auto eps = static_cast<float>(config_.rms_norm_eps);
   const int64_t first = config_.subsampling_conv_channels[0];
   const int64_t second = config_.subsampling_conv_channels[1];
   const int64_t width = config_.hidden_size;
   GL_ASSIGN_OR_RETURN(std::vector<float> conv,
-                      reader.Floats(names::kSubsampleConv0, {first, 1, 3, 3}));
+                      reader.Floats(names::audio::kSubsampleConv0, {first, 1, 3, 3}));
   steps_[0] = {
       .weight = ConvolutionWeight(conv, first, 1), .norm = {}, .channels_in = 1, .eps = eps};
-  GL_ASSIGN_OR_RETURN(steps_[0].norm, reader.Floats(names::kSubsampleNorm0, {first}));
-  GL_ASSIGN_OR_RETURN(conv, reader.Floats(names::kSubsampleConv1, {second, first, 3, 3}));
+  GL_ASSIGN_OR_RETURN(steps_[0].norm, reader.Floats(names::audio::kSubsampleNorm0, {first}));
+  GL_ASSIGN_OR_RETURN(conv, reader.Floats(names::audio::kSubsampleConv1, {second, first, 3, 3}));
   steps_[1] = {.weight = ConvolutionWeight(conv, second, first),
                .norm = {},
                .channels_in = first,
                .eps = eps};
-  GL_ASSIGN_OR_RETURN(steps_[1].norm, reader.Floats(names::kSubsampleNorm1, {second}));
+  GL_ASSIGN_OR_RETURN(steps_[1].norm, reader.Floats(names::audio::kSubsampleNorm1, {second}));
   GL_ASSIGN_OR_RETURN(input_projection_,
-                      reader.Matrix(names::kSubsampleProjection, {width, first / 4 * second}));
+                      reader.Matrix(names::audio::kInputProj, {width, first / 4 * second}));
   const std::vector<float> sinusoids = Sinusoids(config_.attention_context_left - 1, width);
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
     GL_ASSIGN_OR_RETURN(Layer layer, LoadLayer(i, sinusoids));
     layers_.push_back(std::move(layer));
   }
   GL_ASSIGN_OR_RETURN(output_projection_,
-                      reader.Matrix(names::kOutputProj, {config_.output_proj_dims, width}));
+                      reader.Matrix(names::audio::kOutputProj, {config_.output_proj_dims, width}));
   GL_ASSIGN_OR_RETURN(output_bias_,
-                      reader.Floats(names::kOutputProjBias, {config_.output_proj_dims}));
+                      reader.Floats(names::audio::kOutputProjBias, {config_.output_proj_dims}));
   return absl::OkStatus();
 }
 
 StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<float>& sinusoids) {
-  ModuleReader reader(absl::StrCat(kPrefix, names::OfLayer(index, "")), config_.use_clipped_linears,
-                      weights_);
+  EncoderReader reader(absl::StrCat(names::audio::kPrefix, names::OfLayer(index, "")),
+                       config_.use_clipped_linears, weights_);
   const auto eps = static_cast<float>(config_.rms_norm_eps);
   const int64_t width = config_.hidden_size;
   const auto clip = static_cast<float>(config_.gradient_clipping);
   Layer layer;
-  const std::pair<const char*, AudioFeedForward*> ffns[] = {{names::kFeedForward1, &layer.ffn1},
-                                                            {names::kFeedForward2, &layer.ffn2}};
+  const std::pair<const char*, AudioFeedForward*> ffns[] = {
+      {names::audio::kFeedForward1, &layer.ffn1}, {names::audio::kFeedForward2, &layer.ffn2}};
   for (const auto& [module, ffn] : ffns) {
     const auto name = [&prefix = module](const char* part) { return absl::StrCat(prefix, part); };
-    GL_ASSIGN_OR_RETURN(ffn->norm, reader.ReadNorm(name(names::kPreLayerNorm), width, kNormEps));
-    GL_ASSIGN_OR_RETURN(ffn->up, reader.ReadLinear(name(names::kFfwLayer1), 4 * width, width));
-    GL_ASSIGN_OR_RETURN(ffn->down, reader.ReadLinear(name(names::kFfwLayer2), width, 4 * width));
+    GL_ASSIGN_OR_RETURN(ffn->norm, reader.ReadNorm(name(names::audio::kPreNorm), width, kNormEps));
+    GL_ASSIGN_OR_RETURN(ffn->up, reader.ReadLinear(name(names::audio::kUp), 4 * width, width));
+    GL_ASSIGN_OR_RETURN(ffn->down, reader.ReadLinear(name(names::audio::kDown), width, 4 * width));
     GL_ASSIGN_OR_RETURN(ffn->post_norm,
-                        reader.ReadNorm(name(names::kPostLayerNorm), width, kNormEps));
+                        reader.ReadNorm(name(names::audio::kPostNorm), width, kNormEps));
     ffn->weight = static_cast<float>(config_.residual_weight);
     ffn->clip = clip;
   }
@@ -246,13 +230,14 @@ StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<f
   attention.window = config_.attention_context_left - 1;
   attention.softcap = static_cast<float>(config_.attention_logit_cap);
   attention.clip = clip;
-  GL_ASSIGN_OR_RETURN(attention.norm, reader.ReadNorm(names::kNormPreAttn, width, kNormEps));
-  GL_ASSIGN_OR_RETURN(attention.q_proj, reader.ReadLinear(names::kAudioQProj, width, width));
-  GL_ASSIGN_OR_RETURN(attention.k_proj, reader.ReadLinear(names::kAudioKProj, width, width));
-  GL_ASSIGN_OR_RETURN(attention.v_proj, reader.ReadLinear(names::kAudioVProj, width, width));
-  GL_ASSIGN_OR_RETURN(attention.post, reader.ReadLinear(names::kAudioPost, width, width));
-  GL_ASSIGN_OR_RETURN(attention.post_norm, reader.ReadNorm(names::kNormPostAttn, width, kNormEps));
-  GL_ASSIGN_OR_RETURN(attention.q_scale, reader.Floats(names::kPerDimScale, {head_dim}));
+  GL_ASSIGN_OR_RETURN(attention.norm, reader.ReadNorm(names::audio::kAttnNorm, width, kNormEps));
+  GL_ASSIGN_OR_RETURN(attention.q_proj, reader.ReadLinear(names::kQProj, width, width));
+  GL_ASSIGN_OR_RETURN(attention.k_proj, reader.ReadLinear(names::kKProj, width, width));
+  GL_ASSIGN_OR_RETURN(attention.v_proj, reader.ReadLinear(names::kVProj, width, width));
+  GL_ASSIGN_OR_RETURN(attention.post, reader.ReadLinear(names::audio::kAttnPost, width, width));
+  GL_ASSIGN_OR_RETURN(attention.post_norm,
+                      reader.ReadNorm(names::audio::kAttnPostNorm, width, kNormEps));
+  GL_ASSIGN_OR_RETURN(attention.q_scale, reader.Floats(names::audio::kPerDimScale, {head_dim}));
   // q is scaled by softplus(per_dim_scale) / (√H ln 2), k by ln(1 + e) / ln 2.
   const double q_scale = 1.0 / (std::sqrt(static_cast<double>(head_dim)) * std::log(2.0));
   for (float& scale : attention.q_scale) {
@@ -261,7 +246,7 @@ StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<f
   }
   attention.k_scale = static_cast<float>(std::log(1.0 + std::exp(1.0)) / std::log(2.0));
   GL_ASSIGN_OR_RETURN(const TensorView relative,
-                      reader.Matrix(names::kRelativeKProj, {width, width}));
+                      reader.Matrix(names::audio::kRelativeKProj, {width, width}));
   attention.distances.resize(sinusoids.size());
   GL_RETURN_IF_ERROR(
       Linear(ConstMatrix(sinusoids.data(), attention.window, width),
@@ -271,10 +256,11 @@ StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<f
   LightConvolution& convolution = layer.convolution;
   const int64_t kernel = config_.conv_kernel_size;
   convolution.clip = clip;
-  GL_ASSIGN_OR_RETURN(convolution.norm, reader.ReadNorm(names::kConvPreNorm, width, eps));
-  GL_ASSIGN_OR_RETURN(convolution.start, reader.ReadLinear(names::kConvStart, 2 * width, width));
+  GL_ASSIGN_OR_RETURN(convolution.norm, reader.ReadNorm(names::audio::kConvPreNorm, width, eps));
+  GL_ASSIGN_OR_RETURN(convolution.start,
+                      reader.ReadLinear(names::audio::kConvStart, 2 * width, width));
   GL_ASSIGN_OR_RETURN(const std::vector<float> taps,
-                      reader.Floats(names::kConvDepthwise, {width, 1, kernel}));
+                      reader.Floats(names::audio::kConvDepthwise, {width, 1, kernel}));
   convolution.taps.resize(taps.size());
   for (int64_t channel = 0; channel < width; ++channel) {
     for (int64_t tap = 0; tap < kernel; ++tap) {
@@ -282,9 +268,9 @@ StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<f
           taps[static_cast<size_t>(channel * kernel + tap)];
     }
   }
-  GL_ASSIGN_OR_RETURN(convolution.conv_norm, reader.ReadNorm(names::kConvNorm, width, eps));
-  GL_ASSIGN_OR_RETURN(convolution.end, reader.ReadLinear(names::kConvEnd, width, width));
-  GL_ASSIGN_OR_RETURN(layer.norm_out, reader.ReadNorm(names::kNormOut, width, kNormEps));
+  GL_ASSIGN_OR_RETURN(convolution.conv_norm, reader.ReadNorm(names::audio::kConvNorm, width, eps));
+  GL_ASSIGN_OR_RETURN(convolution.end, reader.ReadLinear(names::audio::kConvEnd, width, width));
+  GL_ASSIGN_OR_RETURN(layer.norm_out, reader.ReadNorm(names::audio::kNormOut, width, kNormEps));
   return layer;
 }
 

@@ -42,46 +42,78 @@ inline constexpr char kPostMlpNorm[] = "post_feedforward_layernorm_1.weight";
 inline constexpr char kPreExpertsNorm[] = "pre_feedforward_layernorm_2.weight";
 inline constexpr char kPostExpertsNorm[] = "post_feedforward_layernorm_2.weight";
 
-// Of the towers, behind "model.":
-inline constexpr char kEmbedAudio[] = "embed_audio.embedding_projection.weight";  // [D, O]
+inline std::string OfLayer(int index, const char* name) {
+  return absl::StrCat("layers.", index, ".", name);
+}
 
-// Of the audio tower, behind "audio_tower.":
+// Of the vision encoder, after the optional "model.": matrices have bounds beside them where they clip.
+namespace vision {
+
+inline constexpr char kInputProj[] = "vision_tower.patch_embedder.input_proj.weight";  // [h, 3·p²]
+inline constexpr char kPositions[] =
+    "vision_tower.patch_embedder.position_embedding_table";    // [2, positions, h]: x, then y
+inline constexpr char kStdBias[] = "vision_tower.std_bias";    // [h]
+inline constexpr char kStdScale[] = "vision_tower.std_scale";  // [h]
+inline constexpr char kProjection[] = "embed_vision.embedding_projection.weight";  // [D, h]
+
+// Of the encoder-free embedder:
+inline constexpr char kPatchNorm[] = "vision_embedder.patch_ln1";  // .weight, .bias [3·p²]
+inline constexpr char kPatchDense[] =
+    "vision_embedder.patch_dense";                                 // .weight [h, 3·p²], .bias [h]
+inline constexpr char kDenseNorm[] = "vision_embedder.patch_ln2";  // .weight, .bias [h]
+inline constexpr char kPatchPositions[] = "vision_embedder.pos_embedding";  // [positions, 2, h]
+inline constexpr char kPositionNorm[] = "vision_embedder.pos_norm";         // .weight, .bias [h]
+
+// A layer's tensor by the decoder's name for it; the encoder's matrices stand in a `linear`.
+inline std::string OfLayer(int index, const char* name) {
+  return absl::StrCat("vision_tower.encoder.layers.", index, ".", name);
+}
+
+}  // namespace vision
+
+// Of the audio tower, after the optional "model.".
+namespace audio {
+
+inline constexpr char kPrefix[] = "audio_tower.";                                 // before all but:
+inline constexpr char kProjection[] = "embed_audio.embedding_projection.weight";  // [D, O]
+
 inline constexpr char kSubsampleConv0[] = "subsample_conv_projection.layer0.conv.weight";
 inline constexpr char kSubsampleNorm0[] = "subsample_conv_projection.layer0.norm.weight";
 inline constexpr char kSubsampleConv1[] = "subsample_conv_projection.layer1.conv.weight";
 inline constexpr char kSubsampleNorm1[] = "subsample_conv_projection.layer1.norm.weight";
-inline constexpr char kSubsampleProjection[] = "subsample_conv_projection.input_proj_linear.weight";
+inline constexpr char kInputProj[] = "subsample_conv_projection.input_proj_linear.weight";
 inline constexpr char kOutputProj[] = "output_proj.weight";
 inline constexpr char kOutputProjBias[] = "output_proj.bias";
-// Of its layer i. Clipped linears have kLinearWeight and their bounds behind the module's name.
-inline constexpr char kFeedForward1[] = "feed_forward1.";
+
+// Of layer i; clipped linears by names that OfClipped takes.
+inline constexpr char kFeedForward1[] = "feed_forward1.";  // before the next four
 inline constexpr char kFeedForward2[] = "feed_forward2.";
-inline constexpr char kFfwLayer1[] = "ffw_layer_1.";
-inline constexpr char kFfwLayer2[] = "ffw_layer_2.";
-inline constexpr char kPreLayerNorm[] = "pre_layer_norm.weight";
-inline constexpr char kPostLayerNorm[] = "post_layer_norm.weight";
-inline constexpr char kAudioQProj[] = "self_attn.q_proj.";
-inline constexpr char kAudioKProj[] = "self_attn.k_proj.";
-inline constexpr char kAudioVProj[] = "self_attn.v_proj.";
-inline constexpr char kAudioPost[] = "self_attn.post.";
+inline constexpr char kPreNorm[] = "pre_layer_norm.weight";
+inline constexpr char kUp[] = "ffw_layer_1.weight";
+inline constexpr char kDown[] = "ffw_layer_2.weight";
+inline constexpr char kPostNorm[] = "post_layer_norm.weight";
+inline constexpr char kAttnNorm[] = "norm_pre_attn.weight";
+inline constexpr char kAttnPost[] = "self_attn.post.weight";
+inline constexpr char kAttnPostNorm[] = "norm_post_attn.weight";
 inline constexpr char kRelativeKProj[] = "self_attn.relative_k_proj.weight";
 inline constexpr char kPerDimScale[] = "self_attn.per_dim_scale";
-inline constexpr char kNormPreAttn[] = "norm_pre_attn.weight";
-inline constexpr char kNormPostAttn[] = "norm_post_attn.weight";
-inline constexpr char kConvStart[] = "lconv1d.linear_start.";
-inline constexpr char kConvEnd[] = "lconv1d.linear_end.";
-inline constexpr char kConvDepthwise[] = "lconv1d.depthwise_conv1d.weight";
 inline constexpr char kConvPreNorm[] = "lconv1d.pre_layer_norm.weight";
+inline constexpr char kConvStart[] = "lconv1d.linear_start.weight";
+inline constexpr char kConvDepthwise[] = "lconv1d.depthwise_conv1d.weight";
 inline constexpr char kConvNorm[] = "lconv1d.conv_norm.weight";
+inline constexpr char kConvEnd[] = "lconv1d.linear_end.weight";
 inline constexpr char kNormOut[] = "norm_out.weight";
-inline constexpr char kLinearWeight[] = "linear.weight";
-inline constexpr char kInputMin[] = "input_min";
-inline constexpr char kInputMax[] = "input_max";
-inline constexpr char kOutputMin[] = "output_min";
-inline constexpr char kOutputMax[] = "output_max";
 
-inline std::string OfLayer(int index, const char* name) {
-  return absl::StrCat("layers.", index, ".", name);
+}  // namespace audio
+
+// The matrix and the bounds of a clipped linear, by the decoder's name for the matrix ("….weight").
+struct Clipped {
+  std::string weight, input_min, input_max, output_min, output_max;
+};
+inline Clipped OfClipped(const std::string& matrix) {
+  const std::string stem = matrix.substr(0, matrix.rfind(".weight"));
+  return {stem + ".linear.weight", stem + ".input_min", stem + ".input_max", stem + ".output_min",
+          stem + ".output_max"};
 }
 
 }  // namespace gemloupe::names

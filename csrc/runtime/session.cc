@@ -64,11 +64,17 @@ StatusOr<int> Session::Submit(RowRequest request) {
   GL_ASSIGN_OR_RETURN(const KvLease lease, KvLease::Take(request.cache));
   const KvCache& cache = *request.cache;
   const auto prompt = static_cast<int64_t>(request.ids.size());
-  GL_RETURN_IF_ERROR(CheckRoom(*model_, cache, prompt, chunk_));
+  int64_t chunk = chunk_;
+  if (const MediaInput* media = request.media.get(); media != nullptr) {
+    GL_RETURN_IF_ERROR(
+        media->Check(prompt, model_->config().hidden_size, model_->config().vocab_size));
+    chunk = media->LongestChunk(chunk);
+  }
+  GL_RETURN_IF_ERROR(CheckRoom(*model_, cache, prompt, chunk));
   // The last new token is never read, so it needs no place.
   const int64_t room = cache.start() + cache.options().max_tokens - cache.length() - prompt + 1;
   request.max_new_tokens = std::min(request.max_new_tokens, room);
-  GL_RETURN_IF_ERROR(CheckRoom(*model_, cache, prompt + request.max_new_tokens - 1, chunk_));
+  GL_RETURN_IF_ERROR(CheckRoom(*model_, cache, prompt + request.max_new_tokens - 1, chunk));
   auto row = std::make_unique<Row>(std::move(request));
   row->before = row->request.cache->Fork();
   row->sampler.Observe(row->request.cache->tokens());
@@ -107,9 +113,12 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   // A pass that sees later positions can't be cut.
   if (model_->config().bidirectional == "all") chunk = prompt;
   const int64_t begin = row.prefilled;
-  const int64_t end = std::min(prompt, begin + chunk);
+  int64_t end = std::min(prompt, begin + chunk);
+  const MediaInput* media = row.request.media.get();
+  if (media != nullptr) end = media->ChunkEnd(begin, end);
   PassRequest pass;
   pass.batch.Append(lease.get(), row.request.ids.data() + begin, end - begin);
+  if (media != nullptr) pass.batch.SetMedia(*media, begin);
   for (int64_t at = begin; at < end; ++at) {
     if (wants_prompt || at == prompt - 1) pass.logits_rows.push_back(at - begin);
   }

@@ -27,7 +27,8 @@ struct RowRequest {
   int logprobs = -1;  // most likely tokens to report beside each chosen one; −1: no logprobs
   int prompt_logprobs = -1;  // the same for the prompt's tokens
   std::optional<float> softcap;
-  std::shared_ptr<Hooks> hooks;  // null: nobody looks
+  std::shared_ptr<Hooks> hooks;             // null: nobody looks
+  std::shared_ptr<const MediaInput> media;  // of the ids; null: words only
 };
 
 // What one step did to one row.

@@ -152,6 +152,46 @@ class TextModelOptions:
     kv_dtype: str
     def __init__(self) -> None: ...
 
+class MediaInput:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        soft_tokens: np.ndarray,
+        padding_id: int,
+        blocks: Sequence[tuple[int, int]],
+    ) -> None: ...
+
+class VisionConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    patch_size: int
+    pooling_kernel_size: int
+    position_embedding_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    use_clipped_linears: bool
+    standardize: bool
+    mm_embed_dim: int
+    mm_posemb_size: int
+    text_hidden_size: int
+    def __init__(self) -> None: ...
+
+class VisionOptions:
+    bfloat16_matmul: bool
+    invariant: bool
+    threads: int
+    def __init__(self) -> None: ...
+
+class VisionModel:
+    def __init__(self, config: VisionConfig, weights: Weights, options: VisionOptions) -> None: ...
+    def encode(
+        self, patches: np.ndarray, columns: int, hooks: Hooks | None = ..., first_row: int = ...
+    ) -> np.ndarray: ...
+
 class TextModel:
     def __init__(
         self,
@@ -181,6 +221,7 @@ class TextModel:
         chunk: int,
         first_layer: int = ...,
         resid_pre: np.ndarray | None = ...,
+        media: MediaInput | None = ...,
     ) -> np.ndarray | None: ...
     def unembed(
         self, x: np.ndarray, norm: bool, softcap: float | None, vocab: Sequence[int]
@@ -227,6 +268,7 @@ class RowRequest:
     prompt_logprobs: int
     softcap: float | None
     hooks: Hooks | None
+    media: MediaInput | None
     def __init__(self) -> None: ...
 
 class TokenLogprobs:
@@ -289,6 +331,8 @@ def kv_bytes_needed(
 ) -> int: ...
 def hook_points(tower: str = "") -> list[tuple[str, bool, str, bool, str, str]]: ...
 def first_hook_point(tower: str) -> int: ...
+def vision_hook_points() -> list[tuple[int, str, bool, str, bool, str]]: ...
+
 class AudioConfig:
     text_hidden_size: int
     rms_norm_eps: float

@@ -17,6 +17,7 @@ from gemloupe import _core, cache_edits, capturing
 from gemloupe import routing as _routing
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
+from gemloupe.media import Reader, engine_input
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch, prepare
@@ -47,6 +48,8 @@ class GenerationModel(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def generation_config(self) -> Mapping[str, Any]: ...
+    @property
+    def media_reader(self) -> Reader: ...
     def new_session(self) -> Any:
         """Returns a `_core.Session` on the model's weights."""
 
@@ -130,6 +133,7 @@ def generate(
         images=images,
         audio=audio,
         videos=videos,
+        reader=model.media_reader,
     )
     prompts = prepared if isinstance(prepared, list) else [prepared]
     arguments = {
@@ -347,6 +351,7 @@ class Generation:
         request.prompt_logprobs = options.prompt_logprobs or -1
         request.softcap = softcap
         request.hooks = row.hooks.core if row.hooks else None
+        request.media = engine_input(row.prompt.media, self._model.config)
         return request
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +19,14 @@ from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
+from gemloupe.media import Content, Reader, SoftTokens
+from gemloupe.media.audio_tower import (
+    AudioStream,
+    AudioTower,
+    encode_audio,
+    open_tower,
+    read_audio,
+)
 from gemloupe.output import Output
 from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
@@ -100,7 +108,7 @@ def load(
     weights.set_resident(residency == "resident")
     with _load_bar(checkpoint, targets, residency) as bar:
         core = _core.TextModel(core_config(checkpoint.config.text), weights, options, bar.show)
-    return Model(core, checkpoint, preset, kv_dtype)
+    return Model(core, checkpoint, preset, kv_dtype, options)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -265,9 +273,15 @@ class Model:
     """A Gemma 4 model, made by `load`. Threads may share one: their passes take turns."""
 
     def __init__(
-        self, core: _core.TextModel, checkpoint: Checkpoint, dtype: str, kv_dtype: str
+        self,
+        core: _core.TextModel,
+        checkpoint: Checkpoint,
+        dtype: str,
+        kv_dtype: str,
+        options: _core.TextModelOptions,
     ) -> None:
         self.core = core
+        self.options = options
         self.checkpoint = checkpoint
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         self.kv_dtype = kv_dtype
@@ -321,6 +335,12 @@ class Model:
 
         A str is raw text (one BOS, no template), a list of dicts one chat (template), a list of
         ints or a 1-D array ids, taken as given. `bos=False` begins with none.
+
+        `images`, `audio`, `videos`: one, or a list in the order of the placeholders (<|image|>,
+        <|audio|>, <|video|>) in the text, or of the messages' parts ({"type": "image"}; a part may
+        bring its own: {"type": "image", "image": …}). Soft tokens [n, D] may stand for an image or
+        a sound. Ids hold runs of n placeholder ids already. In a batch, a list of one entry a row.
+        ValueError naming both counts where they differ.
         """
         return prepare(
             x,
@@ -332,6 +352,7 @@ class Model:
             images=images,
             audio=audio,
             videos=videos,
+            reader=self.media_reader,
         )
 
     def run(self, x: Any, **arguments: Any) -> Any:
@@ -356,8 +377,8 @@ class Model:
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
         softcap: "config", a number, or None for uncapped logits.
-        thinking, bos: as in `prepare`.
-        chunk: tokens of one pass; 512 by default.
+        thinking, bos, images, audio, videos: as in `prepare`.
+        chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
         """
         return _run.run(self, x, **arguments)
 
@@ -502,6 +523,57 @@ class Model:
             ("cache", self.kv_dtype),
             ("runs on", f"{self.threads} threads, {_core.isa()}"),
         ]
+
+    @functools.cached_property
+    def media_reader(self) -> Reader:
+        """Reads images, sounds and videos for this model's prompts."""
+        readers: dict[str, Callable[[Any, str], Content]] = {}
+        if self.config.raw.get("audio_config") is not None and "embed_audio" in self.checkpoint.towers:
+            readers["audio"] = lambda value, name: read_audio(self.audio_tower, value, name)
+        return Reader(self.config.text.hidden_size, readers)
+
+    @functools.cached_property
+    def audio_tower(self) -> AudioTower:
+        """The audio encoder; its weights are mapped when it is first used.
+
+        ValueError where the checkpoint has none.
+        """
+        options = _core.AudioTowerOptions()
+        for name in ("bfloat16_matmul", "invariant", "threads"):
+            setattr(options, name, getattr(self.options, name))
+        return open_tower(self.checkpoint, options)
+
+    def encode_audio(
+        self,
+        source: Any,
+        sampling_rate: int | None = None,
+        *,
+        capture: Any = (),
+        edit: Any = None,
+        check_finite: bool = False,
+    ) -> SoftTokens:
+        """A sound's soft tokens, float32 [n, D], 25 a second, as the text model reads them.
+
+        `source`: a path, bytes, data URL, or samples [N] or [N, channels] at `sampling_rate` (16 kHz
+        without it). Encoders read 30 s; more is cut, as transformers does it, with a warning.
+        Pass the result as `audio=` of `run` and `generate`, as often as you like.
+        `capture` and `edit` (as in `run`) take points of the tower, such as
+        "audio.layers.3.attn.pattern"; positions are those of soft tokens, at "audio.mel" of frames.
+        Captures are `tokens.content.source.captured`, which also tells times and frames of tokens.
+        ValueError for what is no sound, and for models without ears.
+        """
+        return encode_audio(
+            self.audio_tower,
+            source,
+            sampling_rate,
+            capture=capture,
+            edit=edit,
+            check_finite=check_finite,
+        )
+
+    def audio_stream(self, sampling_rate: int | None = None) -> AudioStream:
+        """Encodes sound while it comes; see `AudioStream`."""
+        return AudioStream(self.audio_tower, sampling_rate)
 
     # What gemloupe.generation asks of a model.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ from gemloupe.media.audio import (
     checked_rate,
     read_clip,
 )
-from gemloupe.media.audio_config import AudioConfig, read_audio_config
+from gemloupe.audio_config import AudioConfig, read_audio_config
+from gemloupe.media.content import Content, SoftTokens
 from gemloupe.media.mel import MelOptions, MelStream, log_mel, read_options
 from gemloupe.positions import Span
 
@@ -100,6 +102,73 @@ class Encoding:
     soft_tokens: np.ndarray
     """float32 [n, D], read-only."""
     captured: capturing.Captured
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """What the soft tokens of a sound were made of: `content.source`."""
+
+    clip: Clip
+    tower: AudioTower
+    captured: capturing.Captured
+    """What `encode_audio(capture=…)` was asked for."""
+
+    @functools.cached_property
+    def features(self) -> np.ndarray:
+        """float32 [F, B]: log-mel frames every 10 ms; of 12B, the samples [n, 640]."""
+        return self.tower.features(self.clip)
+
+    @functools.cached_property
+    def frames(self) -> np.ndarray:
+        """int64 [n, 2]: the first and the last frame of `features` that each token stands for."""
+        width = 4 if self.tower.config.has_encoder else 1
+        first = np.arange(self.tower.num_tokens(self.clip)) * width
+        return np.stack([first, np.minimum(first + width, len(self.features)) - 1], axis=1)
+
+    @functools.cached_property
+    def times(self) -> np.ndarray:
+        """float64 [n, 2]: seconds from and to which each token stands, 40 ms."""
+        first = np.arange(self.tower.num_tokens(self.clip)) * 0.04
+        return np.stack([first, first + 0.04], axis=1)
+
+
+def encode_audio(
+    tower: AudioTower,
+    source: Any,
+    sampling_rate: int | None = None,
+    *,
+    capture: str | Iterable[str] | Mapping[str, Any] = (),
+    edit: Any = None,
+    check_finite: bool = False,
+) -> SoftTokens:
+    """Returns a sound's soft tokens [n, D]; see `Model.encode_audio`."""
+    clip = tower.read(source, sampling_rate)
+    encoding = tower.encode(clip, capture=capture, edit=edit, check_finite=check_finite)
+    rows = encoding.soft_tokens
+    sound = Sound(clip, tower, encoding.captured)
+    return SoftTokens.of(rows, Content("audio", (len(rows),), lambda: rows, source=sound))
+
+
+def read_audio(tower: AudioTower, value: Any, name: str) -> Content:
+    """Reads a sound of a prompt: anything that `read_clip` takes, or (array, sampling rate).
+
+    ValueError, beginning with `name`, for what can't be read. Its soft tokens are computed when
+    they are first asked for.
+    """
+    rate = None
+    if isinstance(value, tuple) and len(value) == 2:
+        value, rate = value
+    try:
+        clip = tower.read(value, rate)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    nothing = capturing.Captured({}, {}, tower.config)
+    return Content(
+        "audio",
+        (tower.num_tokens(clip),),
+        lambda: tower.encode(clip).soft_tokens,
+        source=Sound(clip, tower, nothing),
+    )
 
 
 class _Rows:
