@@ -528,7 +528,10 @@ class Model:
     def media_reader(self) -> Reader:
         """Reads images, sounds and videos for this model's prompts."""
         readers: dict[str, Callable[[Any, str], Content]] = {}
-        if self.config.raw.get("audio_config") is not None and "embed_audio" in self.checkpoint.towers:
+        if (
+            self.config.raw.get("audio_config") is not None
+            and "embed_audio" in self.checkpoint.towers
+        ):
             readers["audio"] = lambda value, name: read_audio(self.audio_tower, value, name)
         return Reader(self.config.text.hidden_size, readers)
 
