@@ -65,9 +65,7 @@ def test_path_bytes_and_data_url_are_the_same_sound(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_equals_the_beginning_of_the_whole(tmp_path: Path) -> None:
     path = write(tmp_path / "tone.wav", tone(3.0, 44_100), 44_100)
 
-    with pytest.warns(
-        UserWarning, match=r"3\.00 s long; the model reads 1 s, and the last 2\.00 s"
-    ):
+    with pytest.warns(UserWarning, match=r"3\.00 s long.* 1 s, and the last 2\.00 s"):
         clip = read_clip(path, max_seconds=1)
 
     np.testing.assert_array_equal(clip.samples, read_clip(path).samples[:16_000])

@@ -69,6 +69,8 @@ class TowerConfig(Protocol):
         """The letters of its points' shapes."""
         ...
 
+    def __hash__(self) -> int: ...
+
 
 Config = TextConfig | TowerConfig
 

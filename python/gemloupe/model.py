@@ -557,8 +557,8 @@ class Model:
     ) -> SoftTokens:
         """A sound's soft tokens, float32 [n, D], 25 a second, as the text model reads them.
 
-        `source`: a path, bytes, data URL, or samples [N] or [N, channels] at `sampling_rate` (16 kHz
-        without it). Encoders read 30 s; more is cut, as transformers does it, with a warning.
+        `source`: a path, bytes, data URL, or samples [N] or [N, channels] at `sampling_rate` (16
+        kHz without it). Encoders read 30 s; more is cut, as transformers does it, with a warning.
         Pass the result as `audio=` of `run` and `generate`, as often as you like.
         `capture` and `edit` (as in `run`) take points of the tower, such as
         "audio.layers.3.attn.pattern"; positions are those of soft tokens, at "audio.mel" of frames.

@@ -12,13 +12,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from torch import nn
 from transformers import Gemma4AudioFeatureExtractor, Gemma4UnifiedAudioFeatureExtractor
 from transformers.models.gemma4 import modeling_gemma4
 
 import gemloupe as gl
+import tiny_models
 from gemloupe import hooks
 
 TOLERANCE = 1e-4
@@ -88,9 +88,7 @@ def test_thirty_seconds_are_750_tokens_and_more_is_cut_as_transformers_cuts_it()
     reference, model = models("e2b")
     clip = sound(30 * 16_000 + 12_345)
 
-    with pytest.warns(
-        UserWarning, match=r"30\.77 s long; the model reads 30 s, and the last 0\.77"
-    ):
+    with pytest.warns(UserWarning, match=r"30\.77 s long.* 30 s, and the last 0\.77"):
         tokens = model.encode_audio(clip)
 
     assert tokens.shape == (750, model.config.text.hidden_size)

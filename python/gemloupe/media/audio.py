@@ -124,8 +124,8 @@ class AudioSource:
             self._file = soundfile.SoundFile(opened)
         except soundfile.LibsndfileError as error:
             raise ValueError(
-                f"{self.name}: libsndfile can't read this as audio ({error.error_string}); expected "
-                "WAV, FLAC, OGG or MP3. Convert it to one of these"
+                f"{self.name}: libsndfile can't read this as audio ({error.error_string}); "
+                "expected WAV, FLAC, OGG or MP3. Convert it to one of these"
             ) from None
         self._rate = checked_rate(self._file.samplerate, f"{self.name}: ")
         if self._file.channels > _MAX_CHANNELS:

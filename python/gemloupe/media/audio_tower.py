@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe import _core, capturing
+from gemloupe.audio_config import AudioConfig, read_audio_config
 from gemloupe.checkpoint import Checkpoint
 from gemloupe.errors import quoted
 from gemloupe.media.audio import (
@@ -22,7 +23,6 @@ from gemloupe.media.audio import (
     checked_rate,
     read_clip,
 )
-from gemloupe.audio_config import AudioConfig, read_audio_config
 from gemloupe.media.content import Content, SoftTokens
 from gemloupe.media.mel import MelOptions, MelStream, log_mel, read_options
 from gemloupe.positions import Span
@@ -173,6 +173,8 @@ def read_audio(tower: AudioTower, value: Any, name: str) -> Content:
 
 class _Rows:
     """The rows of a tower in place of a prompt, for positions that count from their end."""
+
+    media = ()
 
     def __init__(self, count: int) -> None:
         self._count = count
