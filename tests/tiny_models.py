@@ -140,6 +140,7 @@ def make_tiny(
     text_only: bool = False,
     towers: str | None = None,
     media_ids: bool = False,
+    vision: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Makes a random model of `variant`, in evaluation mode, float32, eager attention and experts.
@@ -147,9 +148,9 @@ def make_tiny(
     `dtype` is the type that `save_tiny` stores: every weight is rounded to it here, so that the
     returned float32 model and the file hold the same numbers. `towers="tiny"` adds small vision
     and audio towers to the multimodal class, "audio" an audio tower of more layers whose bounds all
-    act; None leaves them null. `media_ids` gives the config
-    the placeholders' ids of `save_tiny_tokenizer`. `overrides` replace text config values, released
-    spelling.
+    act; None leaves them null. `media_ids` gives the config the placeholders' ids of
+    `save_tiny_tokenizer`. `vision` replaces values of the small vision tower's config, `overrides`
+    those of the text config, released spelling.
     """
     text = text_config_values(variant, **overrides)
     if variant == "12b":
@@ -170,6 +171,8 @@ def make_tiny(
         model = text_class._from_config(text_config, **backends)
     else:
         towers_and_ids = _tower_configs(variant, text, towers) | (MEDIA_IDS if media_ids else {})
+        if vision:
+            towers_and_ids["vision_config"] |= vision
         config = config_class(text_config=text_config, **towers_and_ids)
         model = multimodal_class._from_config(config, **backends)
     randomise(model, seed)

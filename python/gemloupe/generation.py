@@ -91,6 +91,7 @@ def generate(
     images: Any = None,
     audio: Any = None,
     videos: Any = None,
+    max_soft_tokens: Any = None,
     drafter: Any = None,
     bos: bool | str = "auto",
     check_finite: bool = False,
@@ -133,6 +134,7 @@ def generate(
         images=images,
         audio=audio,
         videos=videos,
+        max_soft_tokens=max_soft_tokens,
         reader=model.media_reader,
     )
     prompts = prepared if isinstance(prepared, list) else [prepared]

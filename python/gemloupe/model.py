@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemloupe import _core, cache_file, generation, recipe, routing, sizes
+from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.arrays import as_float32
@@ -27,6 +27,8 @@ from gemloupe.media.audio_tower import (
     open_tower,
     read_audio,
 )
+from gemloupe.media.images import DEFAULT_BUDGET
+from gemloupe.media.vision import Vision
 from gemloupe.output import Output
 from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
@@ -34,6 +36,7 @@ from gemloupe.safetensors_header import TensorInfo
 from gemloupe.stream import Stream
 from gemloupe.table import facts_html
 from gemloupe.tokenizer import Tokenizer
+from gemloupe.vision_config import read_vision_config
 from gemloupe.weights import Weights
 
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
@@ -281,10 +284,10 @@ class Model:
         options: _core.TextModelOptions,
     ) -> None:
         self.core = core
-        self.options = options
         self.checkpoint = checkpoint
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         self.kv_dtype = kv_dtype
+        self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
 
     @property
@@ -327,6 +330,7 @@ class Model:
         images: Any = None,
         audio: Any = None,
         videos: Any = None,
+        max_soft_tokens: int | Sequence[int | None] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool = False,
         bos: bool | str = "auto",
@@ -340,7 +344,9 @@ class Model:
         <|audio|>, <|video|>) in the text, or of the messages' parts ({"type": "image"}; a part may
         bring its own: {"type": "image", "image": …}). Soft tokens [n, D] may stand for an image or
         a sound. Ids hold runs of n placeholder ids already. In a batch, a list of one entry a row.
-        ValueError naming both counts where they differ.
+        ValueError naming both counts where they differ. `max_soft_tokens`: 70, 140, 280 (where
+        None), 560 or 1120, of every image, or a list of one number an image of `images`; a part
+        may say its own.
         """
         return prepare(
             x,
@@ -352,6 +358,7 @@ class Model:
             images=images,
             audio=audio,
             videos=videos,
+            max_soft_tokens=max_soft_tokens,
             reader=self.media_reader,
         )
 
@@ -377,7 +384,7 @@ class Model:
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
         softcap: "config", a number, or None for uncapped logits.
-        thinking, bos, images, audio, videos: as in `prepare`.
+        thinking, bos, images, audio, videos, max_soft_tokens: as in `prepare`.
         chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
         """
         return _run.run(self, x, **arguments)
@@ -527,13 +534,44 @@ class Model:
     @functools.cached_property
     def media_reader(self) -> Reader:
         """Reads images, sounds and videos for this model's prompts."""
-        readers: dict[str, Callable[[Any, str], Content]] = {}
-        if (
-            self.config.raw.get("audio_config") is not None
-            and "embed_audio" in self.checkpoint.towers
-        ):
+        readers: dict[str, Callable[..., Content]] = {}
+        if self.vision is not None:
+            readers["image"] = self.vision.read
+        if towers.has_audio(self.checkpoint):
             readers["audio"] = lambda value, name: read_audio(self.audio_tower, value, name)
         return Reader(self.config.text.hidden_size, readers)
+
+    @functools.cached_property
+    def vision(self) -> Vision | None:
+        """What reads images; None where the checkpoint has no vision part."""
+        where = f"{self.checkpoint.folder}: config.json"
+        config = read_vision_config(self.config.raw, self.config.text.hidden_size, where)
+        if config is None or not towers.has_vision(self.checkpoint):
+            return None
+        return Vision(config, self._load_vision)
+
+    def _load_vision(self, config: _core.VisionConfig) -> _core.VisionModel:
+        options = _core.VisionOptions()
+        options.bfloat16_matmul = self._options.bfloat16_matmul
+        options.invariant = self._options.invariant
+        options.threads = self._options.threads
+        weights = towers.weights(self.checkpoint, towers.VISION)
+        return _core.VisionModel(config, weights, options)
+
+    def encode_image(self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET) -> SoftTokens:
+        """Soft tokens float32 [n, D] of an image, as the text model reads them.
+
+        `image`: a path, bytes of a file, a data URL, a PIL image, or an array uint8 [H, W, 3].
+        `max_soft_tokens`: 70, 140, 280, 560 or 1120; n is what its shape fills of them. Prompts
+        take the result in place of the image. ValueError for what is no image, and where the model
+        reads none; ImportError without Pillow (`pip install gemloupe[media]`).
+        """
+        if self.vision is None:
+            raise ValueError(
+                f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
+                "checkpoint: load the folder or hub id of the whole model"
+            )
+        return self.vision.encode_image(image, max_soft_tokens)
 
     @functools.cached_property
     def audio_tower(self) -> AudioTower:
@@ -543,7 +581,7 @@ class Model:
         """
         options = _core.AudioTowerOptions()
         for name in ("bfloat16_matmul", "invariant", "threads"):
-            setattr(options, name, getattr(self.options, name))
+            setattr(options, name, getattr(self._options, name))
         return open_tower(self.checkpoint, options)
 
     def encode_audio(

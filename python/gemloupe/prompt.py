@@ -211,6 +211,7 @@ def prepare(
     images: Any = None,
     audio: Any = None,
     videos: Any = None,
+    max_soft_tokens: Any = None,
     reader: Reader | None = None,
 ) -> Prompt | list[Prompt]:
     """Turns `x` into a `Prompt`, or a batch into a list of them.
@@ -222,9 +223,11 @@ def prepare(
     `images`, `audio`, `videos`: one, or a list in the order of their placeholders (<|image|>, …) or
     message parts ({"type": "image"}, …; a part may bring its own: {"type": "image", "image": …}).
     Ids must hold their runs of soft tokens already. In a batch, a list with one entry a row.
-    `reader` reads them.
+    `max_soft_tokens`: of every image, or a list of one number an image. `reader` reads them.
     """
     given = {"images": images, "audio": audio, "videos": videos}
+    if not is_batch(x) or isinstance(max_soft_tokens, (list, tuple)):
+        given["max_soft_tokens"] = max_soft_tokens
     arguments = _Arguments(tokenizer, config, bool(thinking), check_tools(tools), bos, reader)
     if not is_batch(x):
         return _prepare_row(x, arguments, given, "x")
@@ -239,7 +242,11 @@ def prepare(
                 f"{name}= is {got}, but the batch has {len(rows)} prompts; expected a list with "
                 "one entry a prompt, None where it has none"
             )
-    return [_prepare_row(row, arguments, _entry(given, i), f"x[{i}]") for i, row in enumerate(rows)]
+    budget = {} if "max_soft_tokens" in given else {"max_soft_tokens": max_soft_tokens}
+    return [
+        _prepare_row(row, arguments, _entry(given, i) | budget, f"x[{i}]")
+        for i, row in enumerate(rows)
+    ]
 
 
 def _entry(given: Mapping[str, Any], index: int) -> dict[str, Any]:

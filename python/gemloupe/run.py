@@ -104,6 +104,7 @@ def run(
     images: Any = None,
     audio: Any = None,
     videos: Any = None,
+    max_soft_tokens: Any = None,
 ) -> Run | list[Run]:
     batch = is_batch(x)
     rows = len(x) if batch else None
@@ -136,6 +137,7 @@ def run(
         images=images,
         audio=audio,
         videos=videos,
+        max_soft_tokens=max_soft_tokens,
     )
     requests = [
         capturing.parse(hooked, of_row, model.config.text)

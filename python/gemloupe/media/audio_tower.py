@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gemloupe import _core, capturing
+from gemloupe import _core, capturing, towers
 from gemloupe.audio_config import AudioConfig, read_audio_config
 from gemloupe.checkpoint import Checkpoint
 from gemloupe.errors import quoted
@@ -29,7 +29,6 @@ from gemloupe.positions import Span
 
 MAX_SECONDS = 30.0
 """Of sound that encoders read; what is beyond is cut, as transformers does it."""
-_MODULES = ("audio_tower", "embed_audio")
 
 
 class AudioTower:
@@ -195,23 +194,12 @@ def open_tower(checkpoint: Checkpoint, options: _core.AudioTowerOptions) -> Audi
     """
     mel = read_options(checkpoint.folder) if checkpoint.folder.is_dir() else MelOptions()
     config = read_audio_config(checkpoint.config, mel.feature_size)
-    names = [name for module in _MODULES for name in checkpoint.towers.get(module, ())]
-    if config is None or not names:
-        what = "has no audio tensors" if config is not None else "reads no sound"
+    if config is None or not towers.has_audio(checkpoint):
         raise ValueError(
-            f"{quoted(checkpoint.source)} {what}; expected an E2B, E4B or 12B checkpoint with its "
-            "audio weights"
+            f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B checkpoint: "
+            "load the folder or hub id of the whole model"
         )
-    weights = _core.Weights()
-    files: dict[int, list[_core.TensorEntry]] = {}
-    for name in names:
-        number, info = checkpoint.tensors[name]
-        short = name.removeprefix("model.")
-        files.setdefault(number, []).append(
-            _core.TensorEntry(short, info.dtype, list(info.shape), info.begin, info.end)
-        )
-    for number, entries in files.items():
-        weights.add_file(str(checkpoint.files[number]), entries)
+    weights = towers.weights(checkpoint, towers.AUDIO)
     core_config = _core.AudioConfig()
     for field in dataclasses.fields(config):
         setattr(core_config, field.name, getattr(config, field.name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,9 +37,16 @@ class Given:
     """What a call passes for one prompt, to be read in the order in which the prompt has it."""
 
     def __init__(self, reader: Reader | None, arguments: Mapping[str, Any]) -> None:
-        """`arguments`: the call's images, audio and videos."""
+        """`arguments`: the call's images, audio, videos and max_soft_tokens."""
         self._reader = reader
         self._values = {kind: _listed(kind, arguments.get(_ARGUMENTS[kind])) for kind in KINDS}
+        self._budget = arguments.get("max_soft_tokens")
+        images = len(self._values["image"])
+        if isinstance(self._budget, (list, tuple)) and len(self._budget) != images:
+            raise ValueError(
+                f"max_soft_tokens has {len(self._budget)} entries for {images} images of images=; "
+                "pass one an image, or one number for all"
+            )
 
     def contents(self, messages: Sequence[Mapping[str, Any]] = ()) -> Contents:
         """Reads everything: of a chat, parts with a content of their own and those that take the
@@ -51,24 +58,34 @@ class Given:
         parts = list(_media_parts(messages))
         for kind in KINDS:
             values = self._values[kind]
-            asked = sum(own is None for of, own, _where in parts if of == kind)
+            asked = sum(part.own is None for part in parts if part.kind == kind)
             if parts and asked != len(values):
                 raise _wrong_count(kind, asked, len(values), "parts without a content of their own")
             if not parts:
-                names = [f"{_ARGUMENTS[kind]}[{i}]" for i in range(len(values))]
-                read[kind] = [self._read(kind, v, n) for v, n in zip(values, names, strict=True)]
+                read[kind] = [self._next(kind, index) for index in range(len(values))]
         taken = dict.fromkeys(KINDS, 0)
-        for kind, own, where in parts:
-            if own is None:
-                own, where = self._values[kind][taken[kind]], f"{_ARGUMENTS[kind]}[{taken[kind]}]"
-                taken[kind] += 1
-            read[kind].append(self._read(kind, own, where))
+        for part in parts:
+            if part.own is None:
+                content = self._next(part.kind, taken[part.kind], part.max_soft_tokens)
+                taken[part.kind] += 1
+            else:
+                content = self._read(part.kind, part.own, part.where, part.max_soft_tokens)
+            read[part.kind].append(content)
         return read
 
-    def _read(self, kind: str, value: Any, where: str) -> Content:
+    def _next(self, kind: str, index: int, budget: Any = None) -> Content:
+        """Reads the `index`-th value of the call."""
+        if kind == "image" and budget is None and isinstance(self._budget, (list, tuple)):
+            budget = self._budget[index]
+        return self._read(kind, self._values[kind][index], f"{_ARGUMENTS[kind]}[{index}]", budget)
+
+    def _read(self, kind: str, value: Any, where: str, budget: Any = None) -> Content:
         if self._reader is None:
             raise ValueError(f"{where}: there is no model to read {kind}; use model.prepare")
-        return self._reader.read(kind, value, where)
+        if kind == "image" and budget is None and not isinstance(self._budget, (list, tuple)):
+            budget = self._budget
+        options = {} if budget is None else {"max_soft_tokens": budget}
+        return self._reader.read(kind, value, where, options)
 
     def __bool__(self) -> bool:
         return any(self._values.values())
@@ -85,8 +102,16 @@ def _listed(kind: str, value: Any) -> list[Any]:
     return [value]
 
 
-def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
-    """Returns (kind, content or None, where) of every media part, in order."""
+class _Part(NamedTuple):
+    kind: str
+    own: Any
+    """The content that it brings, or None."""
+    max_soft_tokens: Any
+    where: str
+
+
+def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[_Part]:
+    """Returns every media part, in order."""
     found = []
     for index, message in enumerate(messages):
         content = message.get("content")
@@ -100,7 +125,7 @@ def _media_parts(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, 
                     f"{where} is a part of type {quoted(part['type'])}; expected 'text', 'image', "
                     "'audio' or 'video'"
                 )
-            found.append((kind, _own_content(part), where))
+            found.append(_Part(kind, _own_content(part), part.get("max_soft_tokens"), where))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,19 @@ class Reader:
     """Turns a caller's values into contents, for one model.
 
     `hidden_size` is the text model's; `readers` has, for each kind that the model reads, the
-    function that makes a content from a value and its name in error texts.
+    function that makes a content from a value, its name in error texts and options by name, such
+    as max_soft_tokens of images.
     """
 
     def __init__(
-        self, hidden_size: int, readers: dict[str, Callable[[Any, str], Content]] | None = None
+        self, hidden_size: int, readers: Mapping[str, Callable[..., Content]] | None = None
     ) -> None:
         self.hidden_size = hidden_size
         self.readers = dict(readers or {})
 
-    def read(self, kind: str, value: Any, name: str) -> Content:
+    def read(
+        self, kind: str, value: Any, name: str, options: Mapping[str, Any] | None = None
+    ) -> Content:
         """Returns the content of `value`, which may be soft tokens already.
 
         ValueError, beginning with `name`, for what can't be read.
@@ -36,7 +39,7 @@ class Reader:
                 f"{name} is {_described(value)}, but this model does not read {kind}; pass soft "
                 f"tokens [n, {self.hidden_size}], or leave it out"
             )
-        return self.readers[kind](value, name)
+        return self.readers[kind](value, name, **(options or {}))
 
     def _is_soft_tokens(self, value: Any) -> bool:
         if isinstance(value, SoftTokens):
