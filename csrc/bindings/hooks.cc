@@ -1,6 +1,7 @@
 #include "inspect/hooks.h"
 
 #include "bindings/bindings.h"
+#include "layers/lora.h"
 
 namespace py = pybind11;
 
@@ -169,6 +170,24 @@ void BindHooks(py::module_& module) {
           },
           py::arg("point"), py::arg("layer"), py::arg("filter"), py::arg("before"),
           py::arg("reduce"), py::arg("group"), "Returns its number.")
+      .def(
+          "add_delta_capture",
+          [](Hooks& hooks, const py::object& adapter, const std::string& module, int layer,
+             const PositionFilter& filter, const std::string& reduce) {
+            const AdaptedModule of = ValueOrThrow(ParseAdaptedModule(module));
+            Capture capture;
+            // Computed with the layer's last point, or with the logits.
+            capture.point =
+                of == AdaptedModule::kHead ? HookPoint::kLogitsRaw : HookPoint::kResidPost;
+            capture.layer = layer;
+            capture.delta_module = static_cast<int>(of);
+            capture.adapter = AdapterIdentity(adapter);
+            capture.filter = filter;
+            capture.reduce = ParseReduce(reduce);
+            return hooks.AddCapture(std::move(capture));
+          },
+          py::arg("adapter"), py::arg("module"), py::arg("layer"), py::arg("filter"),
+          py::arg("reduce"), "Of what an adapter adds to a module [T, out]; returns its number.")
       .def(
           "add_edit",
           [](Hooks& hooks, int point, int layer, const PositionFilter& filter, EditPtr edit) {

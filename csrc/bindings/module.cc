@@ -91,6 +91,7 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindGguf(module);
   gemloupe::BindKvCache(module);
   gemloupe::BindWeights(module);
+  gemloupe::BindAdapters(module);
   gemloupe::BindHooks(module);
   gemloupe::BindTextModel(module);
   gemloupe::BindAudioTower(module);
