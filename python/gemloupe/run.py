@@ -57,6 +57,10 @@ class Run:
         """The prompt's images, sounds and videos."""
         return self.prompt.media
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Results travel between processes; the model, its cache and what is kept beside it do not.
+        return {**self.__dict__, "model": None, "cache": None, "kept": None}
+
     def __getitem__(self, name: str) -> Any:
         return self.captured[name]
 

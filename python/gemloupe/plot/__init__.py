@@ -3,6 +3,8 @@
 from gemloupe.plot.attention import attention
 from gemloupe.plot.attribution import attribution
 from gemloupe.plot.cache import cache
+from gemloupe.plot.compare import errors as comparison
+from gemloupe.plot.compare import kl as comparison_kl
 from gemloupe.plot.induction import induction
 from gemloupe.plot.lens import lens
 from gemloupe.plot.patching import patching
@@ -13,6 +15,8 @@ __all__ = [
     "attribution",
     "cache",
     "coactivation",
+    "comparison",
+    "comparison_kl",
     "induction",
     "lens",
     "patching",
