@@ -94,6 +94,7 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindAdapters(module);
   gemloupe::BindHooks(module);
   gemloupe::BindTextModel(module);
+  gemloupe::BindAudioTower(module);
   gemloupe::BindSession(module);
   gemloupe::BindVision(module);
   gemloupe::BindSystem(module);
