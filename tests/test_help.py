@@ -13,6 +13,7 @@ import docs_blocks
 import gemloupe as gl
 from gemloupe import _core, help_pages
 from gguf_files import write_gguf
+from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
 
 # Written as a page's own code does: its name, and what it needs in the working folder.
 GGUF = "model-Q4_0.gguf"
@@ -21,6 +22,8 @@ GGUF = "model-Q4_0.gguf"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(tmp_path / GGUF, docs_blocks.DEMO, tokenizer=docs_blocks.DEMO)
+    seeing = make_tiny("26b", towers="tiny", media_ids=True, vision={"position_embedding_size": 64})
+    save_tiny_tokenizer(save_tiny(seeing, tmp_path / "gemma-4-26B-A4B-it"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,7 +19,7 @@ from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
-from gemloupe.media import Reader, SoftTokens
+from gemloupe.media import Content, Reader, SoftTokens
 from gemloupe.media.images import DEFAULT_BUDGET
 from gemloupe.media.vision import Vision
 from gemloupe.output import Output
@@ -527,7 +527,9 @@ class Model:
     @functools.cached_property
     def media_reader(self) -> Reader:
         """Reads images, sounds and videos for this model's prompts."""
-        readers = {} if self.vision is None else {"image": self.vision.read}
+        readers: dict[str, Callable[..., Content]] = {}
+        if self.vision is not None:
+            readers |= {"image": self.vision.read, "video": self.vision.read_video}
         return Reader(self.config.text.hidden_size, readers)
 
     @functools.cached_property
@@ -555,12 +557,25 @@ class Model:
         take the result in place of the image. ValueError for what is no image, and where the model
         reads none; ImportError without Pillow (`pip install gemloupe[media]`).
         """
+        return self._eyes().encode_image(image, max_soft_tokens)
+
+    def encode_video(self, video: Any) -> SoftTokens:
+        """Soft tokens float32 [n, D] of a video's frames, one frame after the other.
+
+        `video`: a path or bytes of a file (with PyAV: `pip install gemloupe[video]`), a list of
+        frames, an array uint8 [F, H, W, 3], or what `gl.video(…)` made of one, which says how many
+        frames are read and of how many soft tokens (32 of up to 70). Errors as in `encode_image`.
+        """
+        content = self._eyes().read_video(video, "video")
+        return SoftTokens.of(content.soft_tokens, content)
+
+    def _eyes(self) -> Vision:
         if self.vision is None:
             raise ValueError(
                 f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
                 "checkpoint: load the folder or hub id of the whole model"
             )
-        return self.vision.encode_image(image, max_soft_tokens)
+        return self.vision
 
     # What gemloupe.generation asks of a model.
 

@@ -13,7 +13,7 @@ from gemloupe import routing as _routing
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
-from gemloupe.media import Medium, engine_input
+from gemloupe.media import Medium, engine_input, vision_hooks
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
@@ -110,6 +110,7 @@ def run(
     rows = len(x) if batch else None
     if routing is None:  # A trace of all layers would make a repeated run begin at the first.
         routing = False if isinstance(x, Run) else "full"
+    capture, tower_capture = vision_hooks.split_capture(capture)
     hooked = capturing.Options(capture, routing, check_finite)
     collectors = _routing.collectors(model)
     if isinstance(x, Run):
@@ -119,6 +120,8 @@ def run(
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
             )
+        if tower_capture or vision_hooks.split_edit(edit)[1]:
+            raise ValueError("a repeated run encodes no image; run the prompt and image anew")
         request = capturing.parse(hooked, edit, model.config.text)
         _check_logits(logits, request)
         repeated = _rerun(
@@ -139,10 +142,11 @@ def run(
         videos=videos,
         max_soft_tokens=max_soft_tokens,
     )
-    requests = [
-        capturing.parse(hooked, of_row, model.config.text)
-        for of_row in capturing.row_edits(edit, rows)
-    ]
+    requests, towers = [], []
+    for of_row in capturing.row_edits(edit, rows):
+        of_text, of_tower = vision_hooks.split_edit(of_row)
+        requests.append(capturing.parse(hooked, of_text, model.config.text))
+        towers.append(vision_hooks.parse(model.vision, tower_capture, of_tower, check_finite))
     _check_logits(logits, requests[0])
     cap = softcap_value(softcap)
     runs = []
@@ -150,7 +154,9 @@ def run(
     try:
         with cache_edits.forgotten_on_error(caches):
             for i, prompt in enumerate(prompts if batch else [prompts]):
-                options = _RowOptions(i, caches[i], logits, requests[i], cap, chunk, keep)
+                options = _RowOptions(
+                    i, caches[i], logits, requests[i], cap, chunk, keep, towers[i]
+                )
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
@@ -169,6 +175,7 @@ class _RowOptions:
     cap: float | None
     chunk: int
     keep: bool = False
+    tower: vision_hooks.VisionRequest | None = None
 
 
 def _check_logits(logits: LogitsRows, request: capturing.Request) -> None:
@@ -194,13 +201,19 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         bound = capturing.BoundHooks(request, text, span, options.row)
         bound.core.expected_rows = len(prompt)
     cache_edits.note(used, request)
+    seen = vision_hooks.Seen()
+    if options.tower:
+        assert model.vision is not None
+        seen = vision_hooks.encode(model.vision, prompt, options.tower, text, options.row)
+    media = engine_input(prompt.media, model.config, soft_tokens=seen.soft_tokens)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
-        options.chunk, media=engine_input(prompt.media, model.config),
+        options.chunk, media=media,
     )  # fmt: skip
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
         captured, trace = bound.take(prompt.ids, lambda: prompt.tokens, joined=True)
+    captured = captured.with_more(seen.arrays, seen.positions)
     kept = None
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)
