@@ -107,9 +107,12 @@ class Gemloupe:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's bindings of its C functions. Option: repack."""
+    """llama.cpp through llama-cpp-python's bindings of its C functions. Options: repack, adapter (a
+    LoRA file)."""
 
-    def __init__(self, path: str, threads: int, repack: bool = True) -> None:
+    def __init__(
+        self, path: str, threads: int, repack: bool = True, adapter: str | None = None
+    ) -> None:
         import llama_cpp
 
         self._lib = llama_cpp
@@ -124,6 +127,11 @@ class LlamaCpp:
         self.load_seconds = time.perf_counter() - begin
         if not self._model:
             raise RuntimeError(f"llama.cpp can not load {path}")
+        self._adapter = None
+        if adapter is not None:
+            self._adapter = llama_cpp.llama_adapter_lora_init(self._model, adapter.encode())
+            if not self._adapter:
+                raise RuntimeError(f"llama.cpp can not load {adapter}")
         self._threads = threads
         self._context: Any = None
         self._position = 0
@@ -153,6 +161,11 @@ class LlamaCpp:
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError("llama.cpp can not make this context")
+        if self._adapter is not None:
+            adapters = (self._lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)
+            scales = (ctypes.c_float * 1)(1.0)
+            if self._lib.llama_set_adapters_lora(self._context, adapters, 1, scales):
+                raise RuntimeError("llama.cpp does not take the adapter")
 
     def prefill(self, ids: list[int]) -> float:
         if self._context is None:
@@ -183,10 +196,16 @@ class LlamaCpp:
 
 
 class Transformers:
-    """The reference's own classes. Options: dtype, attention ("sdpa" or "eager")."""
+    """The reference's own classes. Options: dtype, attention ("sdpa" or "eager"), adapter (a folder
+    of PEFT)."""
 
     def __init__(
-        self, path: str, threads: int, dtype: str = "float32", attention: str = "sdpa"
+        self,
+        path: str,
+        threads: int,
+        dtype: str = "float32",
+        attention: str = "sdpa",
+        adapter: str | None = None,
     ) -> None:
         import torch
         import transformers
@@ -200,6 +219,10 @@ class Transformers:
         self._model = model_class.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation=attention
         ).eval()
+        if adapter is not None:
+            import peft
+
+            self._model = peft.PeftModel.from_pretrained(self._model, adapter).eval()
         self.load_seconds = time.perf_counter() - begin
         self._cache: Any = None
 

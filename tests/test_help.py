@@ -11,12 +11,14 @@ import torch
 
 import docs_blocks
 import gemloupe as gl
+from adapter_files import write_adapter
 from gemloupe import _core, help_pages
 from gguf_files import write_gguf
 from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
 
 # Written as a page's own code does: its name, and what it needs in the working folder.
 GGUF = "model-Q4_0.gguf"
+ADAPTER = "my-adapter"
 
 
 @pytest.fixture
@@ -24,6 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(tmp_path / GGUF, docs_blocks.DEMO, tokenizer=docs_blocks.DEMO)
     seeing = make_tiny("26b", towers="tiny", media_ids=True, vision={"position_embedding_size": 64})
     save_tiny_tokenizer(save_tiny(seeing, tmp_path / "gemma-4-26B-A4B-it"))
+    write_adapter(tmp_path / ADAPTER, docs_blocks.DEMO)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -96,6 +99,7 @@ def test_without_a_topic_the_pages_are_listed(capsys: pytest.CaptureFixture[str]
         ("from-nnsight", "from_nnsight"),
         ("semantic", "semantics"),
         ("error", "errors"),
+        ("chats", "chat"),
     ],
 )
 def test_topics_are_found_in_any_spelling_near_them(topic: str, page: str) -> None:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "layers/lora.h"
 
 namespace gemloupe {
 
@@ -74,12 +75,20 @@ class InterruptibleProgress {
   SignalCheck stopped_;
 };
 
+// [(_core.Adapter, weight)], and what the engine makes of it: from then on they can't be changed.
+using PyAdapterMix = std::vector<std::pair<pybind11::object, float>>;
+AdapterMix UseAdapters(const PyAdapterMix& adapters);
+// What captures compare to know the adapter again.
+const void* AdapterIdentity(const pybind11::object& adapter);
+
 void RememberMainThread();
+void BindAdapters(pybind11::module_& module);
 void BindConfig(pybind11::module_& module);
 void BindHooks(pybind11::module_& module);
 void BindGguf(pybind11::module_& module);
 void BindKvCache(pybind11::module_& module);
 void BindWeights(pybind11::module_& module);
+void BindAudioTower(pybind11::module_& module);
 void BindTextModel(pybind11::module_& module);
 void BindSession(pybind11::module_& module);
 void BindVision(pybind11::module_& module);

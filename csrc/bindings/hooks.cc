@@ -1,6 +1,7 @@
 #include "inspect/hooks.h"
 
 #include "bindings/bindings.h"
+#include "layers/lora.h"
 
 namespace py = pybind11;
 
@@ -170,6 +171,24 @@ void BindHooks(py::module_& module) {
           py::arg("point"), py::arg("layer"), py::arg("filter"), py::arg("before"),
           py::arg("reduce"), py::arg("group"), "Returns its number.")
       .def(
+          "add_delta_capture",
+          [](Hooks& hooks, const py::object& adapter, const std::string& module, int layer,
+             const PositionFilter& filter, const std::string& reduce) {
+            const AdaptedModule of = ValueOrThrow(ParseAdaptedModule(module));
+            Capture capture;
+            // Computed with the layer's last point, or with the logits.
+            capture.point =
+                of == AdaptedModule::kHead ? HookPoint::kLogitsRaw : HookPoint::kResidPost;
+            capture.layer = layer;
+            capture.delta_module = static_cast<int>(of);
+            capture.adapter = AdapterIdentity(adapter);
+            capture.filter = filter;
+            capture.reduce = ParseReduce(reduce);
+            return hooks.AddCapture(std::move(capture));
+          },
+          py::arg("adapter"), py::arg("module"), py::arg("layer"), py::arg("filter"),
+          py::arg("reduce"), "Of what an adapter adds to a module [T, out]; returns its number.")
+      .def(
           "add_edit",
           [](Hooks& hooks, int point, int layer, const PositionFilter& filter, EditPtr edit) {
             hooks.AddEdit(PointAt(point), layer, filter, std::move(edit));
@@ -180,17 +199,26 @@ void BindHooks(py::module_& module) {
 
   module.def(
       "hook_points",
-      [] {
+      [](const std::string& tower) {
         py::list points;
         for (const HookPointInfo& info : HookPoints()) {
-          if (IsVisionOnly(info.point)) continue;
+          if (info.tower != tower || IsVisionOnly(info.point)) continue;
           points.append(py::make_tuple(info.name, info.per_layer, info.shape, info.editable,
                                        info.transformers, info.transformer_lens));
         }
         return points;
       },
+      py::arg("tower") = "",
       "(name, of every layer?, shape, editable?, transformers path, TransformerLens name) of each "
-      "hook point of the text model, in model order.");
+      "hook point of the text model or the audio tower, in model order.");
+  module.def(
+      "first_hook_point",
+      [](const std::string& tower) {
+        const auto& points = HookPoints();
+        const auto of_tower = [&](const HookPointInfo& info) { return info.tower == tower; };
+        return std::find_if(points.begin(), points.end(), of_tower) - points.begin();
+      },
+      py::arg("tower"), "The index of a tower's first point in the engine's table.");
   module.def(
       "vision_hook_points",
       [] {

@@ -91,8 +91,10 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindGguf(module);
   gemloupe::BindKvCache(module);
   gemloupe::BindWeights(module);
+  gemloupe::BindAdapters(module);
   gemloupe::BindHooks(module);
   gemloupe::BindTextModel(module);
+  gemloupe::BindAudioTower(module);
   gemloupe::BindSession(module);
   gemloupe::BindVision(module);
   gemloupe::BindSystem(module);

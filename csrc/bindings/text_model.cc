@@ -33,7 +33,7 @@ py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& nam
 py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<KvCache> cache,
                     int64_t logits_begin, int64_t logits_end, const std::shared_ptr<Hooks>& hooks,
                     std::optional<float> softcap, int64_t chunk, int first_layer,
-                    const std::optional<Floats>& resid_pre,
+                    const std::optional<Floats>& resid_pre, const PyAdapterMix& adapters,
                     const std::shared_ptr<MediaInput>& media) {
   SignalCheck stopped;
   RunRequest request;
@@ -52,6 +52,7 @@ py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<
   request.logits_begin = logits_begin;
   request.logits_end = logits_end;
   request.hooks = hooks.get();
+  request.adapters = UseAdapters(adapters);
   request.media = media;
   request.softcap = softcap;
   request.chunk = chunk;
@@ -145,7 +146,7 @@ void BindTextModel(py::module_& module) {
       .def("run", &RunModel, py::arg("ids"), py::arg("cache"), py::arg("logits_begin"),
            py::arg("logits_end"), py::arg("hooks"), py::arg("softcap"), py::arg("chunk"),
            py::arg("first_layer") = 0, py::arg("resid_pre") = py::none(),
-           py::arg("media") = nullptr,
+           py::arg("adapters") = PyAdapterMix(), py::arg("media") = nullptr,
            "One sequence through the model; its tokens are appended to the cache.")
       .def("unembed", &Unembed, py::arg("x"), py::arg("norm"), py::arg("softcap"), py::arg("vocab"),
            "Logits [T, V or vocab] of residual streams x [T, D].");

@@ -18,6 +18,9 @@ namespace gemloupe {
 struct Site {
   HookPoint point = HookPoint::kEmbed;
   int layer = -1;  // −1 outside the layers
+  // What an adapter adds to a module has no point of its own: the module's number and the adapter.
+  int delta_module = -1;
+  const void* adapter = nullptr;
   // Absolute positions of the rows [T]; of attn.keys and attn.values those of the cache [S].
   std::span<const int64_t> positions;
   int64_t heads = 0;  // N where the rows are [N · T]: scores and patterns; else 0

@@ -76,7 +76,7 @@ double SquareSum(const float* x, int64_t n) {
 }  // namespace
 
 int Hooks::AddCapture(Capture capture) {
-  Point& point = points_[Key(capture.point, capture.layer)];
+  Point& point = points_[Key(capture.point, capture.layer, capture.delta_module)];
   point.point = capture.point;
   point.layer = capture.layer;
   point.captures.push_back(captures_.size());
@@ -89,6 +89,13 @@ void Hooks::AddEdit(HookPoint at, int layer, PositionFilter filter, EditPtr edit
   point.point = at;
   point.layer = layer;
   point.edits.push_back({std::move(filter), std::move(edit)});
+}
+
+bool Hooks::WantsDelta(int module, const void* adapter, int layer) const {
+  const auto it = points_.find(Key(HookPoint::kEmbed, layer, module));
+  return it != points_.end() &&
+         std::any_of(it->second.captures.begin(), it->second.captures.end(),
+                     [&](size_t index) { return captures_[index].adapter == adapter; });
 }
 
 int Hooks::EffectiveLayer(HookPoint point, int layer, int num_layers) {
@@ -134,7 +141,7 @@ bool Hooks::Needs(int64_t position, int layer, int num_layers) const {
 }
 
 StatusOr<bool> Hooks::Visit(const Site& site, Matrix x) {
-  const auto it = points_.find(Key(site.point, site.layer));
+  const auto it = points_.find(Key(site.point, site.layer, site.delta_module));
   if (it == points_.end()) return false;
   const Point& point = it->second;
   for (const size_t index : point.captures) {
@@ -153,7 +160,8 @@ StatusOr<bool> Hooks::Visit(const Site& site, Matrix x) {
     }
   }
   for (const size_t index : point.captures) {
-    if (!captures_[index].before) Append(captures_[index], site, x);
+    if (captures_[index].before || captures_[index].adapter != site.adapter) continue;
+    Append(captures_[index], site, x);
   }
   return changed;
 }
@@ -174,7 +182,8 @@ Status Hooks::ApplyEdit(const PointEdit& edit, const Site& site, Matrix x) {
       const float value = x.row(row)[i];
       // Masked scores, and those of experts that are taken away, are −inf on purpose.
       const bool masked =
-          (site.point == HookPoint::kAttnScores || site.point == HookPoint::kRouterLogits) &&
+          (site.point == HookPoint::kAttnScores || site.point == HookPoint::kAudioAttnScores ||
+           site.point == HookPoint::kRouterLogits) &&
           value < 0.0f;
       if (std::isfinite(value) || (masked && std::isinf(value))) continue;
       return absl::InvalidArgumentError(

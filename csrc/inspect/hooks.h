@@ -27,7 +27,10 @@ enum class Reduce {
 // Copies of one activation, of passes in order.
 struct Capture {
   HookPoint point = HookPoint::kEmbed;
-  int layer = -1;       // −1 for points outside the layers
+  int layer = -1;  // −1 for points outside the layers
+  // Of what an adapter adds to a module (Site); `point` then says when that happens.
+  int delta_module = -1;
+  const void* adapter = nullptr;
   bool before = false;  // before the edits of this point, not after them
   PositionFilter filter;
   Reduce reduce = Reduce::kNone;
@@ -60,6 +63,7 @@ class Hooks {
 
   bool empty() const { return points_.empty(); }
   bool Wants(HookPoint point, int layer) const { return points_.contains(Key(point, layer)); }
+  bool WantsDelta(int module, const void* adapter, int layer) const;
   bool Edits(HookPoint point, int layer) const {
     const auto it = points_.find(Key(point, layer));
     return it != points_.end() && !it->second.edits.empty();
@@ -86,6 +90,7 @@ class Hooks {
   std::vector<Capture>& captures() { return captures_; }
 
  private:
+  static constexpr int kFirstDelta = 128;
   struct PointEdit {
     PositionFilter filter;
     EditPtr edit;
@@ -105,7 +110,11 @@ class Hooks {
     std::vector<Capture::Part> parts_before;
   };
 
-  static int Key(HookPoint point, int layer) { return (layer + 1) * 256 + static_cast<int>(point); }
+  // Deltas of modules lie behind the points.
+  static int Key(HookPoint point, int layer, int delta_module = -1) {
+    const int first = delta_module < 0 ? static_cast<int>(point) : kFirstDelta + delta_module;
+    return (layer + 1) * 256 + first;
+  }
   static int EffectiveLayer(HookPoint point, int layer, int num_layers);
   Status ApplyEdit(const PointEdit& edit, const Site& site, Matrix x);
   void Append(Capture& capture, const Site& site, ConstMatrix x);

@@ -96,20 +96,22 @@ Status AttentionLayer::Store(ConstMatrix x, const PassContext& ctx) const {
 
 Status AttentionLayer::Project(ConstMatrix x, const PassContext& ctx, Matrix q, Matrix k,
                                Matrix v) const {
-  std::vector<LinearJob> jobs;
-  if (q.cols > 0) jobs.push_back({&weights_.q_proj, q});
+  std::vector<AdaptedJob> jobs;
+  if (q.cols > 0) jobs.push_back({AdaptedModule::kQProj, &weights_.q_proj, q});
   const size_t queries = jobs.size();
-  if (k.cols > 0) jobs.push_back({&weights_.k_proj, k});
-  if (v.cols > 0 && !spec_.values_are_keys) jobs.push_back({&weights_.v_proj, v});
+  if (k.cols > 0) jobs.push_back({AdaptedModule::kKProj, &weights_.k_proj, k});
+  if (v.cols > 0 && !spec_.values_are_keys) {
+    jobs.push_back({AdaptedModule::kVProj, &weights_.v_proj, v});
+  }
   if (!ctx.kv_apart || jobs.size() == queries) {
-    GL_RETURN_IF_ERROR(Linear(x, jobs, ctx.path, *ctx.arena));
+    GL_RETURN_IF_ERROR(AdaptedLinear(x, jobs, ctx.path, ctx));
   } else {
     // Keys and values are those of a pass that stores all of its rows.
     MatmulPath stored = ctx.path;
     stored.tail_rows = 0;
-    const std::span<const LinearJob> all(jobs);
-    GL_RETURN_IF_ERROR(Linear(x, all.first(queries), ctx.path, *ctx.arena));
-    GL_RETURN_IF_ERROR(Linear(x, all.subspan(queries), stored, *ctx.arena));
+    const std::span<const AdaptedJob> all(jobs);
+    GL_RETURN_IF_ERROR(AdaptedLinear(x, all.first(queries), ctx.path, ctx));
+    GL_RETURN_IF_ERROR(AdaptedLinear(x, all.subspan(queries), stored, ctx));
   }
   if (q.cols > 0) ctx.Visit(HookPoint::kAttnQProj, q);
   if (k.cols > 0) ctx.Visit(HookPoint::kAttnKProj, k);
@@ -211,10 +213,12 @@ Status AttentionLayer::ShowSteps(size_t segment, ConstMatrix q, const std::vecto
 }
 
 Status AttentionLayer::Output(ConstMatrix z, const PassContext& ctx, Matrix out) const {
-  GL_RETURN_IF_ERROR(Linear(z, {{&weights_.o_proj, out}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(AdaptedLinear(z, {{AdaptedModule::kOProj, &weights_.o_proj, out}}, ctx));
   if (ctx.Wants(HookPoint::kAttnResult)) {
     // What each head adds to the output: o_proj of z with the other heads zero.
     const Arena::Scope scope(*ctx.arena);
+    PassContext unseen = ctx;  // what adapters add was shown above
+    unseen.hooks = nullptr;
     const Matrix result = ctx.arena->NewMatrix(z.rows, spec_.num_heads * out.cols);
     const Matrix alone = ctx.arena->NewMatrix(z.rows, z.cols);
     for (int64_t head = 0; head < spec_.num_heads; ++head) {
@@ -224,7 +228,8 @@ Status AttentionLayer::Output(ConstMatrix z, const PassContext& ctx, Matrix out)
         std::copy_n(z.row(row) + begin, spec_.head_dim, alone.row(row) + begin);
       }
       const Matrix dst(result.data + head * out.cols, z.rows, out.cols, result.stride);
-      GL_RETURN_IF_ERROR(Linear(alone, {{&weights_.o_proj, dst}}, ctx.path, *ctx.arena));
+      GL_RETURN_IF_ERROR(
+          AdaptedLinear(alone, {{AdaptedModule::kOProj, &weights_.o_proj, dst}}, unseen));
     }
     std::vector<uint8_t> changed(ctx.batch->segments.size(), 0);
     ctx.Visit(HookPoint::kAttnResult, result, changed);

@@ -28,6 +28,7 @@ struct Experts::Slots {
   std::vector<int64_t> row;     // [slots]
   std::vector<int64_t> choice;  // [slots], in [0, k)
   std::vector<float> weight;    // [slots]
+  std::vector<int32_t> expert;  // [slots]
 
   Slots(const Routing& routing, int64_t rows, int64_t num_experts, int64_t tail_rows);
 };
@@ -50,11 +51,13 @@ Experts::Slots::Slots(const Routing& routing, int64_t rows, int64_t num_experts,
   row.resize(static_cast<size_t>(count));
   choice.resize(static_cast<size_t>(count));
   weight.resize(static_cast<size_t>(count));
+  expert.resize(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     const auto slot = static_cast<size_t>(first[group_of(i)]++);
     row[slot] = i / routing.top_k;
     choice[slot] = i % routing.top_k;
     weight[slot] = routing.weights[static_cast<size_t>(i)];
+    expert[slot] = routing.experts[static_cast<size_t>(i)];
   }
 }
 
@@ -77,6 +80,17 @@ struct Experts::Buffers {
   Matrix each;
 };
 
+template <typename T>
+std::span<const T> Experts::PartOf(const std::vector<T>& all, const Part& part) {
+  return std::span(all).subspan(static_cast<size_t>(part.first_slot),
+                                static_cast<size_t>(part.slots));
+}
+
+ExpertDeltas::Slots Experts::DeltaSlots(const Slots& slots, const Part& part,
+                                        std::span<const int64_t> sources) {
+  return {PartOf(slots.row, part), PartOf(slots.expert, part), sources};
+}
+
 namespace {
 
 // Outputs of one task: all of them where the groups alone keep the threads busy.
@@ -89,17 +103,24 @@ int64_t SliceSize(int64_t outputs, size_t groups, int threads) {
 
 }  // namespace
 
-StatusOr<std::vector<ExpertView>> Experts::Views(std::span<const int32_t> experts) const {
+StatusOr<std::vector<ExpertView>> Experts::Views(std::span<const int32_t> experts,
+                                                 const PassContext& ctx) const {
   if (weights_.cache != nullptr) return weights_.cache->Fetch(weights_.cache_layer, experts);
   std::vector<ExpertView> views;
+  const TensorView* gate_up = &weights_.gate_up_proj;
+  const TensorView* down = &weights_.down_proj;
+  if (ctx.merged != nullptr) {
+    gate_up = &ctx.merged->Of(AdaptedModule::kExpertsGateUpProj, ctx.layer, *gate_up);
+    down = &ctx.merged->Of(AdaptedModule::kExpertsDownProj, ctx.layer, *down);
+  }
   for (const int32_t expert : experts) {
-    views.push_back({weights_.gate_up_proj.Slice(expert), weights_.down_proj.Slice(expert)});
+    views.push_back({gate_up->Slice(expert), down->Slice(expert)});
   }
   return views;
 }
 
 template <typename Fn>
-Status Experts::ForParts(const Slots& slots, Fn fn) const {
+Status Experts::ForParts(const Slots& slots, const PassContext& ctx, Fn fn) const {
   const size_t all = slots.groups.size();
   const size_t size =
       weights_.cache == nullptr ? all : static_cast<size_t>(weights_.cache->capacity());
@@ -114,7 +135,7 @@ Status Experts::ForParts(const Slots& slots, Fn fn) const {
       part.of_group.push_back(experts.size() - 1);
       part.most_rows = std::max(part.most_rows, group.rows);
     }
-    GL_ASSIGN_OR_RETURN(part.views, Views(experts));
+    GL_ASSIGN_OR_RETURN(part.views, Views(experts, ctx));
     GL_RETURN_IF_ERROR(fn(part));
   }
   return absl::OkStatus();
@@ -133,7 +154,7 @@ Status Experts::Forward(ConstMatrix x, const Routing& routing, const PassContext
     GL_RETURN_IF_ERROR(ForwardShown(input, slots, routing, ctx, out));
   } else {
     // As many experts at once as can be held; ascending, so that the sum's order is always the same.
-    GL_RETURN_IF_ERROR(ForParts(slots, [&](const Part& part) -> Status {
+    GL_RETURN_IF_ERROR(ForParts(slots, ctx, [&](const Part& part) -> Status {
       const Arena::Scope of_part(*ctx.arena);
       const Matrix hidden = ctx.arena->NewMatrix(part.slots, weights_.down_proj.shape[2]);
       GL_RETURN_IF_ERROR(Hidden(input, slots, part, ctx, hidden));
@@ -151,7 +172,7 @@ Status Experts::ForwardShown(const LinearInput& input, const Slots& slots, const
   const int64_t hidden_size = out.cols;
   const auto count = static_cast<int64_t>(slots.row.size());
   const Matrix hidden = ctx.arena->NewMatrix(count, width);
-  GL_RETURN_IF_ERROR(ForParts(slots, [&](const Part& part) {
+  GL_RETURN_IF_ERROR(ForParts(slots, ctx, [&](const Part& part) {
     return Hidden(input, slots, part, ctx, hidden.RowRange(part.first_slot, part.slots));
   }));
   if (ctx.Wants(HookPoint::kExpertsHidden)) {
@@ -171,7 +192,7 @@ Status Experts::ForwardShown(const LinearInput& input, const Slots& slots, const
   if (ctx.Wants(HookPoint::kExpertsEach)) {
     to.each = ctx.arena->NewMatrix(out.rows, routing.top_k * hidden_size);
   }
-  GL_RETURN_IF_ERROR(ForParts(slots, [&](const Part& part) {
+  GL_RETURN_IF_ERROR(ForParts(slots, ctx, [&](const Part& part) {
     return Products(hidden.RowRange(part.first_slot, part.slots), slots, part, ctx, to);
   }));
   if (to.each.data == nullptr) return absl::OkStatus();
@@ -194,6 +215,8 @@ Status Experts::Hidden(const LinearInput& input, const Slots& slots, const Part&
   ThreadPool& pool = ThreadPool::Get();
   const int threads = pool.threads();
   const Matrix up_scratch = ctx.arena->NewMatrix(threads * most_rows, width);
+  const ExpertDeltas deltas(AdaptedModule::kExpertsGateUpProj, input.src(),
+                            DeltaSlots(slots, part, PartOf(slots.row, part)), ctx);
   FirstError error;
   const int64_t slice = SliceSize(width, groups.size(), threads);
   const int64_t slices = (width + slice - 1) / slice;
@@ -210,6 +233,11 @@ Status Experts::Hidden(const LinearInput& input, const Slots& slots, const Part&
     const Matrix up(up_scratch.row(worker * most_rows), group.rows, end - begin, up_scratch.stride);
     error.Add(LinearSlice(input, rows, gate_up, begin, end, gate, ctx.path));
     error.Add(LinearSlice(input, rows, gate_up, width + begin, width + end, up, ctx.path));
+    if (!deltas.empty()) {
+      const int64_t first = group.first - part.first_slot;
+      deltas.Add(first, begin, end, gate);
+      deltas.Add(first, width + begin, width + end, up);
+    }
     for (int64_t i = 0; i < group.rows; ++i) {
       Kernels().gelu_mul(gate.row(i), gate.row(i), up.row(i), end - begin);
     }
@@ -233,6 +261,8 @@ Status Experts::Products(ConstMatrix hidden, const Slots& slots, const Part& par
   }
   std::vector<int64_t> hidden_rows(static_cast<size_t>(hidden.rows));
   std::iota(hidden_rows.begin(), hidden_rows.end(), 0);
+  const ExpertDeltas deltas(AdaptedModule::kExpertsDownProj, hidden,
+                            DeltaSlots(slots, part, hidden_rows), ctx);
   const int64_t slice = std::max<int64_t>(
       32, (hidden_size / (4 * threads) + kPanelRows - 1) / kPanelRows * kPanelRows);
   const int64_t slices = (hidden_size + slice - 1) / slice;
@@ -249,6 +279,7 @@ Status Experts::Products(ConstMatrix hidden, const Slots& slots, const Part& par
                                           static_cast<size_t>(group.rows));
       const TensorView& down = part.view(at).down_proj;
       error.Add(LinearSlice(input, rows, down, begin, end, product, ctx.path));
+      if (!deltas.empty()) deltas.Add(group.first - part.first_slot, begin, end, product);
       for (int64_t i = 0; i < group.rows; ++i) {
         const auto slot = static_cast<size_t>(group.first + i);
         if (to.each.data != nullptr) {

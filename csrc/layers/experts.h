@@ -35,16 +35,21 @@ class Experts {
   struct Slots;
   struct Part;
   struct Buffers;
-  StatusOr<std::vector<ExpertView>> Views(std::span<const int32_t> experts) const;
+  StatusOr<std::vector<ExpertView>> Views(std::span<const int32_t> experts,
+                                          const PassContext& ctx) const;
   Status Hidden(const LinearInput& input, const Slots& slots, const Part& part,
                 const PassContext& ctx, Matrix hidden) const;
   Status Products(ConstMatrix hidden, const Slots& slots, const Part& part, const PassContext& ctx,
                   const Buffers& to) const;
   Status ForwardShown(const LinearInput& input, const Slots& slots, const Routing& routing,
                       const PassContext& ctx, Matrix out) const;
+  template <typename T>
+  static std::span<const T> PartOf(const std::vector<T>& all, const Part& part);
+  static ExpertDeltas::Slots DeltaSlots(const Slots& slots, const Part& part,
+                                        std::span<const int64_t> sources);
   // Calls fn(part) for as many groups at once as can be held.
   template <typename Fn>
-  Status ForParts(const Slots& slots, Fn fn) const;
+  Status ForParts(const Slots& slots, const PassContext& ctx, Fn fn) const;
 
   ExpertsWeights weights_;
 };

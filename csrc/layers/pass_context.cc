@@ -31,6 +31,30 @@ void PassContext::VisitSegments(HookPoint point, Matrix x, std::span<const int32
   }
 }
 
+void PassContext::VisitDelta(AdaptedModule module, const Adapter& adapter, Matrix change) const {
+  for (size_t i = 0; i < batch->segments.size(); ++i) {
+    const Segment& segment = batch->segments[i];
+    if (segment.rows == 0) continue;
+    Site site;
+    site.delta_module = static_cast<int>(module);
+    site.adapter = &adapter;
+    site.positions =
+        std::span(batch->positions)
+            .subspan(static_cast<size_t>(segment.row), static_cast<size_t>(segment.rows));
+    VisitSegment(i, site, change.RowRange(segment.row, segment.rows));
+  }
+}
+
+bool PassContext::WantsDelta(AdaptedModule module, const Adapter& adapter) const {
+  for (size_t i = 0; hooks != nullptr && i < hooks->of_segment.size(); ++i) {
+    const Hooks* of = hooks->of_segment[i];
+    if (of != nullptr && of->WantsDelta(static_cast<int>(module), &adapter, LayerOf(module))) {
+      return true;
+    }
+  }
+  return false;
+}
+
 bool PassContext::Wants(HookPoint point, size_t segment) const {
   if (hooks == nullptr) return false;
   const Hooks* wanted = hooks->of_segment[segment];

@@ -8,6 +8,7 @@
 #include "base/memory.h"
 #include "base/status.h"
 #include "inspect/hooks.h"
+#include "layers/lora.h"
 #include "ops/linear.h"
 #include "ops/rope.h"
 #include "state/batch.h"
@@ -27,10 +28,12 @@ struct PassContext {
   MatmulPath path;
   // Angles of the batch's positions, one entry for each RopeSpec of the model.
   std::vector<RopeAngles> angles;
-  PassHooks* hooks = nullptr;  // null: nobody looks
-  int layer = -1;              // the running layer; −1 outside the layers
-  bool kv_stored = false;      // the running layer's keys and values are in the caches already
-  bool kv_apart = false;       // they are a product of their own, as where a pass only stores them
+  PassHooks* hooks = nullptr;                         // null: nobody looks
+  const std::vector<AdapterMix>* adapters = nullptr;  // of each segment; null: no row has any
+  const MergedWeights* merged = nullptr;              // null: nothing is merged
+  int layer = -1;                                     // the running layer; −1 outside the layers
+  bool kv_stored = false;  // the running layer's keys and values are in the caches already
+  bool kv_apart = false;   // they are a product of their own, as where a pass only stores them
 
   int64_t rows() const { return batch->rows(); }
 
@@ -49,6 +52,11 @@ struct PassContext {
   // Shows one segment's activation at a site whose positions and heads the caller has set; returns
   // whether an edit changed it.
   bool VisitSegment(size_t segment, Site site, Matrix x) const;
+
+  // What an adapter adds to a module [T, out], and whether anyone asked for it.
+  void VisitDelta(AdaptedModule module, const Adapter& adapter, Matrix change) const;
+  bool WantsDelta(AdaptedModule module, const Adapter& adapter) const;
+  int LayerOf(AdaptedModule module) const { return IsOfLayer(module) ? layer : -1; }
 
   // Whether anyone captures or edits this point of the running layer.
   bool Wants(HookPoint point) const;

@@ -1,6 +1,5 @@
 #include "layers/per_layer_input.h"
 
-#include "ops/linear.h"
 #include "ops/rows.h"
 
 namespace gemloupe {
@@ -10,11 +9,13 @@ Status PerLayerInput::Forward(ConstMatrix resid, Matrix input, const PassContext
   const Arena::Scope scope(*ctx.arena);
   ctx.Visit(HookPoint::kPerLayerIn, input);
   const Matrix gate = ctx.arena->NewMatrix(resid.rows, weights_.gate.shape[0]);
-  GL_RETURN_IF_ERROR(Linear(resid, {{&weights_.gate, gate}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(
+      AdaptedLinear(resid, {{AdaptedModule::kPerLayerGate, &weights_.gate, gate}}, ctx));
   ctx.Visit(HookPoint::kPerLayerGate, gate);
   GeluMul(gate, input, gate);
   ctx.Visit(HookPoint::kPerLayerHidden, gate);
-  GL_RETURN_IF_ERROR(Linear(gate, {{&weights_.projection, out}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(
+      AdaptedLinear(gate, {{AdaptedModule::kPerLayerProjection, &weights_.projection, out}}, ctx));
   ctx.Visit(HookPoint::kPerLayerOut, out);
   post_norm_.Forward(out, HookPoint::kPerLayerPostScale, ctx, out);
   ctx.Visit(HookPoint::kPerLayerPost, out);

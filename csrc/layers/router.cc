@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "ops/linear.h"
 #include "ops/rows.h"
 
 namespace gemloupe {
@@ -22,7 +21,7 @@ Status Router::Forward(ConstMatrix resid, const PassContext& ctx, Routing& routi
   norm_.Forward(resid, HookPoint::kRouterNormScale, ctx, x);
   Scale(x, 1.0f / std::sqrt(static_cast<float>(resid.cols)), x);
   ctx.Visit(HookPoint::kRouterNorm, x);
-  GL_RETURN_IF_ERROR(Linear(x, {{&weights_.proj, probs}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(AdaptedLinear(x, {{AdaptedModule::kRouterProj, &weights_.proj, probs}}, ctx));
   ctx.Visit(HookPoint::kRouterLogits, probs);
   Softmax(probs, probs);
   ctx.Visit(HookPoint::kRouterProbs, probs);

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/thread_pool.h"
+#include "models/adapter.h"
 #include "models/weight_names.h"
 #include "ops/dispatch.h"
 #include "ops/rows.h"
@@ -123,6 +124,13 @@ int TextModel::threads() const { return options_.threads > 0 ? options_.threads 
 
 Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits) {
   GL_RETURN_IF_ERROR(CheckIds(config_, request.batch.ids));
+  for (const AdapterMix& mix : request.adapters) {
+    for (const WeightedAdapter& one : mix) {
+      if (one.adapter->fits().load(std::memory_order_relaxed) == id_) continue;
+      GL_RETURN_IF_ERROR(CheckAdapter(config_, *one.adapter));
+      one.adapter->fits().store(id_, std::memory_order_relaxed);
+    }
+  }
   if (driving_.load() == std::this_thread::get_id()) {
     return absl::FailedPreconditionError(
         "this model is running a pass that called this edit function; call it after the pass, or "
@@ -140,6 +148,8 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
       if (of != nullptr) fn(*of);
     }
   };
+  const bool adapted = std::any_of(request.adapters.begin(), request.adapters.end(),
+                                   [](const AdapterMix& mix) { return !mix.empty(); });
   each_hook([&](Hooks& of) { of.BeginPass(request.row_exact); });
   Status status;
   {
@@ -147,6 +157,8 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
     PassContext ctx;
     ctx.arena = &arena_;
     ctx.hooks = hooked ? &hooks : nullptr;
+    ctx.adapters = adapted ? &request.adapters : nullptr;
+    ctx.merged = merged_.empty() ? nullptr : &merged_;
     ctx.path = {.row_exact = request.row_exact || options_.invariant,
                 .bfloat16 = options_.bfloat16_matmul,
                 .float32_activations = options_.float32_activations};
@@ -253,7 +265,10 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
 
   SetBatch(request.batch, ctx);
   Matrix resid = arena_.NewMatrix(ctx.rows(), config_.hidden_size);
-  GatherRows(embed_tokens_, request.batch.table_ids().data(), 0, embed_scale_, resid);
+  const TensorView& table =
+      merged_.Of(AdaptedModule::kEmbedTokens, -1, embed_tokens_);  // the head has its own
+  GatherRows(table, request.batch.table_ids().data(), 0, embed_scale_, resid);
+  AdaptEmbedding(AdaptedModule::kEmbedTokens, 0, embed_scale_, ctx, resid);
   MergeSoftTokens(request.batch, resid);
   if (request.first_layer == 0) ctx.Visit(HookPoint::kEmbed, resid);
   const int64_t width = config_.hidden_size_per_layer_input;
@@ -348,8 +363,9 @@ Status TextModel::PerLayerInputs(ConstMatrix embed, std::span<const InputLayers>
     const Matrix dst(inputs.data + (part.begin - first) * width, inputs.rows, cols, inputs.stride);
     // oneDNN's bits depend on the distance of its rows: a product has its own, whatever follows it.
     const Matrix alone = cols == inputs.stride ? dst : ctx.arena->NewMatrix(inputs.rows, cols);
-    GL_RETURN_IF_ERROR(Linear(embed, {{&per_layer_model_projection_, alone, part.begin * width}},
-                              path, *ctx.arena));
+    const AdaptedJob job = {AdaptedModule::kPerLayerModelProjection, &per_layer_model_projection_,
+                            alone, part.begin * width};
+    GL_RETURN_IF_ERROR(AdaptedLinear(embed, {&job, 1}, path, ctx));
     if (alone.data != dst.data) CopyRows(alone, dst);
   }
   // Hooks see the inputs of all layers in one piece.
@@ -369,6 +385,7 @@ Status TextModel::PerLayerInputs(ConstMatrix embed, std::span<const InputLayers>
   const Matrix token = ctx.arena->NewMatrix(embed.rows, inputs.cols);
   GL_RETURN_IF_ERROR(embed_tokens_per_layer_.Gather(ctx.batch->table_ids().data(), first * width,
                                                     per_layer_scale_, token));
+  AdaptEmbedding(AdaptedModule::kEmbedTokensPerLayer, first * width, per_layer_scale_, ctx, token);
   visit(HookPoint::kPerLayerToken, token);
   Add(inputs, token, inputs);
   Scale(inputs, static_cast<float>(1.0 / std::sqrt(2.0)), inputs);
@@ -404,7 +421,8 @@ Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
   const Matrix dst(logits.data(), count, config_.vocab_size);
   MatmulPath path = ctx.path;
   path.tail_rows = 0;
-  GL_RETURN_IF_ERROR(Linear(x, {{&embed_tokens_, dst}}, path, *ctx.arena));
+  const AdaptedJob job = {AdaptedModule::kHead, &embed_tokens_, dst};
+  GL_RETURN_IF_ERROR(AdaptedLinear(x, {&job, 1}, path, ctx));
   ctx.Visit(HookPoint::kLogitsRaw, dst);
   const float cap = softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
   if (cap > 0.0f) Softcap(cap, dst);

@@ -42,6 +42,7 @@ struct PassRequest {
   Batch batch;
   std::vector<int64_t> logits_rows;  // rows of the batch whose logits are wanted, ascending
   std::vector<Hooks*> hooks;         // one a segment, null for none; or empty
+  std::vector<AdapterMix> adapters;  // one a segment; or empty
   // The pass begins at this layer, with these residual streams [T, D] (without rows: the embeddings);
   // the caches hold what earlier layers stored.
   int first_layer = 0;
@@ -71,6 +72,21 @@ class TextModel {
     std::vector<int32_t> vocab;    // empty: all
   };
   Status Unembed(ConstMatrix x, const UnembedOptions& options, std::vector<float>& logits);
+
+  // From now on passes use weights into which these adapters are merged, in this order, instead of the
+  // stored ones, which stay as they are: no adapters, and the bits are back. Plain matrices keep their
+  // dtype; packed ones become int8, or stay as they are with `requantize`. Gives the relative error
+  // that rounding adds, ‖merged − exact‖ / ‖exact‖, of each matrix. On an error nothing has changed.
+  struct MergeOptions {
+    bool requantize = false;
+    ProgressFn progress;
+  };
+  struct MergedModule {
+    std::string name;
+    double error = 0.0;
+  };
+  StatusOr<std::vector<MergedModule>> SetMerged(const AdapterMix& adapters,
+                                                const MergeOptions& options);
 
   const TextConfig& config() const { return config_; }
   const TextModelOptions& options() const { return options_; }
@@ -108,6 +124,7 @@ class TextModel {
   Norm final_norm_;
   std::vector<DecoderLayer> layers_;
   std::shared_ptr<ExpertCache> experts_;
+  MergedWeights merged_;
   float embed_scale_ = 0.0f;
   float per_layer_scale_ = 0.0f;
 

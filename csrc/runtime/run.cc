@@ -115,6 +115,7 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
       pass.logits_rows.push_back(row - begin);
     }
     if (request.hooks != nullptr) pass.hooks = {request.hooks};
+    if (!request.adapters.empty()) pass.adapters = {request.adapters};
     pass.first_layer = request.first_layer;
     if (request.resid_pre.rows > 0) pass.resid_pre = request.resid_pre.RowRange(begin, end - begin);
     pass.softcap = request.softcap;

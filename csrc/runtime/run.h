@@ -23,6 +23,7 @@ struct RunRequest {
   int64_t logits_begin = 0;        // rows [logits_begin, logits_end) of ids give logits
   int64_t logits_end = 0;
   Hooks* hooks = nullptr;
+  AdapterMix adapters;
   std::shared_ptr<const MediaInput> media;  // of ids; null: words only
   // As in PassRequest; resid_pre [ids, D].
   int first_layer = 0;

@@ -221,11 +221,40 @@ class TextModel:
         chunk: int,
         first_layer: int = ...,
         resid_pre: np.ndarray | None = ...,
+        adapters: Sequence[tuple[Adapter, float]] = ...,
         media: MediaInput | None = ...,
     ) -> np.ndarray | None: ...
     def unembed(
         self, x: np.ndarray, norm: bool, softcap: float | None, vocab: Sequence[int]
     ) -> np.ndarray: ...
+
+class Adapter:
+    def __init__(self, model: TextModel, dtype: str) -> None: ...
+    def add(
+        self,
+        layer: int,
+        module: str,
+        a: np.ndarray,
+        b: np.ndarray,
+        scale: float,
+        bias: np.ndarray | None = ...,
+        gain: np.ndarray | None = ...,
+    ) -> None: ...
+    def add_experts(
+        self, layer: int, module: str, a: np.ndarray, b: np.ndarray, scale: float
+    ) -> None: ...
+    def replace(self, layer: int, module: str, weight: np.ndarray) -> None: ...
+    def replace_rows(self, module: str, ids: Sequence[int], rows: np.ndarray) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+
+def merge_adapters(
+    model: TextModel,
+    adapters: Sequence[tuple[Adapter, float]],
+    requantize: bool = ...,
+    progress: Callable[[float], None] | None = ...,
+) -> list[tuple[str, float]]: ...
+def adapted_module_shape(model: TextModel, layer: int, module: str) -> list[int] | None: ...
 
 class PositionFilter:
     def __init__(self, listed: Sequence[int], begin: int | None) -> None: ...
@@ -244,6 +273,14 @@ class Hooks:
         before: bool,
         reduce: str,
         group: int,
+    ) -> int: ...
+    def add_delta_capture(
+        self,
+        adapter: Adapter,
+        module: str,
+        layer: int,
+        filter: PositionFilter,
+        reduce: str,
     ) -> int: ...
     def add_edit(self, point: int, layer: int, filter: PositionFilter, edit: Edit) -> None: ...
     def take(self, index: int) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int, int]]]: ...
@@ -268,8 +305,18 @@ class RowRequest:
     prompt_logprobs: int
     softcap: float | None
     hooks: Hooks | None
+    mask: TokenMask | None
+    adapters: Sequence[tuple[Adapter, float]]
     media: MediaInput | None
     def __init__(self) -> None: ...
+
+class TokenMask:
+    def __init__(self, vocab_size: int) -> None: ...
+    @property
+    def words(self) -> np.ndarray: ...
+    def allow(self) -> None: ...
+    def allow_all(self) -> None: ...
+    def fail(self, reason: str) -> None: ...
 
 class TokenLogprobs:
     @property
@@ -329,8 +376,56 @@ def kv_bytes_needed(
     full_sliding: bool = False,
     separate_keys: bool = False,
 ) -> int: ...
-def hook_points() -> list[tuple[str, bool, str, bool, str, str]]: ...
+def hook_points(tower: str = "") -> list[tuple[str, bool, str, bool, str, str]]: ...
+def first_hook_point(tower: str) -> int: ...
 def vision_hook_points() -> list[tuple[int, str, bool, str, bool, str]]: ...
+
+class AudioConfig:
+    text_hidden_size: int
+    rms_norm_eps: float
+    feature_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    subsampling_conv_channels: list[int]
+    conv_kernel_size: int
+    residual_weight: float
+    attention_context_left: int
+    attention_logit_cap: float
+    gradient_clipping: float
+    use_clipped_linears: bool
+    output_proj_dims: int
+    def __init__(self) -> None: ...
+
+class AudioTowerOptions:
+    bfloat16_matmul: bool
+    invariant: bool
+    threads: int
+    def __init__(self) -> None: ...
+
+class AudioState:
+    def __init__(self) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def ended(self) -> bool: ...
+
+class AudioTower:
+    def __init__(
+        self,
+        config: AudioConfig,
+        weights: Weights,
+        options: AudioTowerOptions,
+        progress: Callable[[float], None] | None = None,
+    ) -> None: ...
+    @property
+    def copied_bytes(self) -> int: ...
+    @property
+    def mapped_bytes(self) -> int: ...
+    def encode(
+        self, features: np.ndarray, state: AudioState, last: bool, hooks: Hooks | None = None
+    ) -> np.ndarray: ...
+
 def function_edit(
     function: Callable[[np.ndarray, np.ndarray, bool, int], np.ndarray], tail: Sequence[int]
 ) -> Edit: ...

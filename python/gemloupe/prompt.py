@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gemloupe.chat_template import check_messages, check_tools
+from gemloupe.chat_template import check_messages
 from gemloupe.errors import did_you_mean, one_of, quoted
 from gemloupe.media import Medium, Reader
 from gemloupe.media import placing as _placing
 from gemloupe.tokenizer import StreamDecoder, Tokenizer
+from gemloupe.tools import Tool, parse_tools
 
 if TYPE_CHECKING:
     from gemloupe.config import ModelConfig
@@ -39,6 +41,9 @@ class Prompt:
     thinking: bool = False
     media: tuple[Medium, ...] = ()
     """Images, sounds and videos in order of position."""
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    """The chat that the ids come from; empty for text and ids."""
+    tools: tuple[Tool, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -206,7 +211,7 @@ def prepare(
     config: ModelConfig | None,
     *,
     thinking: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Any] | None = None,
     bos: bool | str = "auto",
     images: Any = None,
     audio: Any = None,
@@ -228,7 +233,7 @@ def prepare(
     given = {"images": images, "audio": audio, "videos": videos}
     if not is_batch(x) or isinstance(max_soft_tokens, (list, tuple)):
         given["max_soft_tokens"] = max_soft_tokens
-    arguments = _Arguments(tokenizer, config, bool(thinking), check_tools(tools), bos, reader)
+    arguments = _Arguments(tokenizer, config, bool(thinking), parse_tools(tools), bos, reader)
     if not is_batch(x):
         return _prepare_row(x, arguments, given, "x")
     rows = list(x)
@@ -272,7 +277,7 @@ class _Arguments:
     tokenizer: Tokenizer
     config: ModelConfig | None
     thinking: bool
-    tools: list[Mapping[str, Any]] | None
+    tools: list[Tool] | None
     bos: bool | str
     reader: Reader | None
 
@@ -309,14 +314,15 @@ def _prepare_chat(
     check_messages(messages)
     contents = given.contents(messages)
     tokenizer = arguments.tokenizer
-    text = tokenizer.chat_template.render(
-        messages, tools=arguments.tools, thinking=arguments.thinking
-    )
+    tools = arguments.tools
+    schemas = None if tools is None else [tool.schema for tool in tools]
+    text = tokenizer.chat_template.render(messages, tools=schemas, thinking=arguments.thinking)
     text = _placing.expanded(text, contents, arguments.config, tokenizer)
     ids = tokenizer.encode(text, bos=arguments.bos)
     if arguments.bos is False:
         ids = tokenizer.without_bos(ids)
-    return _prompt(ids, "chat", arguments, name, contents)
+    prompt = _prompt(ids, "chat", arguments, name, contents)
+    return dataclasses.replace(prompt, messages=tuple(messages), tools=tuple(tools or ()))
 
 
 def _is_array_like(x: Any) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gemloupe import _core, cache_edits, capturing, rerun
 from gemloupe import routing as _routing
+from gemloupe.adapters.selection import Selection
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
@@ -48,11 +49,17 @@ class Run:
     """What `model.run(this_run, edit=…)` begins from, with keep=True."""
     model: Model | None = field(default=None, repr=False)
     """The model that ran."""
+    adapters: Selection = field(default=Selection())
+    """The adapters that it ran under, with their weights; `adapters.label` names them."""
 
     @property
     def media(self) -> tuple[Medium, ...]:
         """The prompt's images, sounds and videos."""
         return self.prompt.media
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Results travel between processes; the model, its cache and what is kept beside it do not.
+        return {**self.__dict__, "model": None, "cache": None, "kept": None}
 
     def __getitem__(self, name: str) -> Any:
         return self.captured[name]
@@ -66,6 +73,8 @@ class Run:
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("tokens", str(len(self.prompt)))]
+        if self.adapters:
+            rows.append(("adapter", self.adapters.label))
         if self.logits is not None:
             rows.append(("logits", str(list(self.logits.shape))))
         rows += [(name, _shape_text(value)) for name, value in list(self.captured.items())[:12]]
@@ -101,6 +110,7 @@ def run(
     chunk: int = _core.DEFAULT_CHUNK,
     check_finite: bool = False,
     keep: bool = False,
+    adapter: Any = None,
     images: Any = None,
     audio: Any = None,
     videos: Any = None,
@@ -116,6 +126,8 @@ def run(
     if isinstance(x, Run):
         if cache is not None or keep:
             raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
+        if adapter is not None:
+            raise ValueError("a run is repeated under its own adapters; leave out adapter=")
         if any(value is not None for value in (images, audio, videos)):
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
@@ -125,11 +137,14 @@ def run(
         request = capturing.parse(hooked, edit, model.config.text)
         _check_logits(logits, request)
         repeated = _rerun(
-            model, x, _RowOptions(0, None, logits, request, softcap_value(softcap), chunk)
+            model,
+            x,
+            _RowOptions(0, None, logits, request, softcap_value(softcap), chunk, x.adapters),
         )
         _routing.count([repeated.routing], collectors)
         return repeated
     caches = row_caches(cache, rows)
+    selected = model.adapters.rows(adapter, rows)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
     continued = any(given is not None and given.length > 0 for given in caches)
@@ -155,7 +170,7 @@ def run(
         with cache_edits.forgotten_on_error(caches):
             for i, prompt in enumerate(prompts if batch else [prompts]):
                 options = _RowOptions(
-                    i, caches[i], logits, requests[i], cap, chunk, keep, towers[i]
+                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i]
                 )
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
@@ -174,6 +189,7 @@ class _RowOptions:
     request: capturing.Request
     cap: float | None
     chunk: int
+    adapters: Selection
     keep: bool = False
     tower: vision_hooks.VisionRequest | None = None
 
@@ -200,6 +216,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         capturing.check_memory(request, text, span, 0, options.chunk)
         bound = capturing.BoundHooks(request, text, span, options.row)
         bound.core.expected_rows = len(prompt)
+    used.note_adapter(options.adapters.label)
     cache_edits.note(used, request)
     seen = vision_hooks.Seen()
     if options.tower:
@@ -208,7 +225,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     media = engine_input(prompt.media, model.config, soft_tokens=seen.soft_tokens)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
-        options.chunk, media=media,
+        options.chunk, adapters=options.adapters.core, media=media,
     )  # fmt: skip
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
@@ -219,7 +236,10 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         kept, captured = rerun.keep(captured, request, used, prompt)
     positions = np.arange(span.first, span.end)
     values = _of_slice(values, options.logits, text)
-    return Run(prompt, values, captured, used, positions, request.skipped, trace, kept, model)
+    return Run(
+        prompt, values, captured, used, positions, request.skipped, trace, kept, model,
+        options.adapters,
+    )  # fmt: skip
 
 
 def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
@@ -243,12 +263,15 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     values = model.core.run(
         ids.tolist(), used.core, max(0, begin - skipped), max(0, end - skipped), bound.core,
         options.cap, options.chunk, layer, kept.residuals[layer][skipped:] if layer else None,
-        engine_input(prompt.media, model.config, skipped),
+        adapters=options.adapters.core, media=engine_input(prompt.media, model.config, skipped),
     )  # fmt: skip
     captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
     positions = np.arange(span.first, span.end)
     values = _of_slice(values, options.logits, text)
-    return Run(prompt, values, captured, used, positions, request.skipped, trace, model=model)
+    return Run(
+        prompt, values, captured, used, positions, request.skipped, trace, None, model,
+        options.adapters,
+    )  # fmt: skip
 
 
 def _of_slice(values: np.ndarray | None, logits: LogitsRows, config: TextConfig) -> Any:

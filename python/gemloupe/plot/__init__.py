@@ -3,6 +3,8 @@
 from gemloupe.plot.attention import attention
 from gemloupe.plot.attribution import attribution
 from gemloupe.plot.cache import cache
+from gemloupe.plot.compare import errors as comparison
+from gemloupe.plot.compare import kl as comparison_kl
 from gemloupe.plot.images import boxes, image_attention
 from gemloupe.plot.induction import induction
 from gemloupe.plot.lens import lens
@@ -15,6 +17,8 @@ __all__ = [
     "boxes",
     "cache",
     "coactivation",
+    "comparison",
+    "comparison_kl",
     "image_attention",
     "induction",
     "lens",
