@@ -17,6 +17,11 @@ namespace {
 // What the query at `position` may see, in a pass of its sequence that ends before `pass_end`.
 KeyRange VisibleKeys(const LayerSpec& spec, int64_t start, int64_t position, int64_t pass_end) {
   KeyRange range;
+  if (spec.behind_cache) {
+    range.begin = spec.window == 0 ? start : std::max(start, position - spec.window - 1);
+    range.end = position;
+    return range;
+  }
   // The reference bounds the distance inclusively where attention looks both ways.
   const int64_t reach = spec.bidirectional ? spec.window : spec.window - 1;
   range.begin = spec.window == 0 ? start : std::max(start, position - reach);
@@ -141,6 +146,10 @@ Status AttentionLayer::Attend(ConstMatrix q, const PassContext& ctx, Matrix z) c
     for (int64_t row = segment.row; row < segment.row + segment.rows; ++row) {
       ranges.push_back(VisibleKeys(spec_, segment.cache->start(),
                                    ctx.batch->positions[static_cast<size_t>(row)], segment.end));
+      if (spec_.behind_cache) {
+        ranges.back().begin =
+            std::max(ranges.back().begin, segment.cache->FirstPosition(ctx.layer));
+      }
     }
     const ConstMatrix own_q = q.RowRange(segment.row, segment.rows);
     const Matrix own_z = z.RowRange(segment.row, segment.rows);
