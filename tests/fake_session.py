@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from gemloupe.config import parse_config
 from gemloupe.tokenizer import Tokenizer
@@ -40,6 +43,7 @@ class FakeSession:
         self.requests: list[Any] = []
         self.prefilled: list[int] = []
         self.generated: list[int] = []
+        self.last: list[int] = []
         self.befores: list[list[int]] = []
         self.ended: list[str] = []
 
@@ -49,6 +53,7 @@ class FakeSession:
         self.requests.append(request)
         self.prefilled.append(0)
         self.generated.append(0)
+        self.last.append(-1)
         self.ended.append("")
         return len(self.requests) - 1
 
@@ -57,6 +62,7 @@ class FakeSession:
         return self.ended.count("")
 
     def step(self) -> list[Any]:
+        """Runs one step. What a script says comes, or the lowest id that the row's mask allows."""
         running = [row for row, ended in enumerate(self.ended) if not ended]
         for row in running:
             ids = self.requests[row].ids
@@ -66,7 +72,7 @@ class FakeSession:
                 self.requests[row].cache.tokens += ids[begin:end]
                 return [self._choose(row) if end == len(ids) else self._result(row, -1, "")]
         for row in running:
-            self.requests[row].cache.tokens.append(self.scripts[row][self.generated[row] - 1])
+            self.requests[row].cache.tokens.append(self.last[row])
         return [self._choose(row) for row in running]
 
     def _choose(self, row: int) -> Any:
@@ -74,7 +80,10 @@ class FakeSession:
         token = self.scripts[row][self.generated[row]]
         if isinstance(token, BaseException):
             raise token
+        if getattr(request, "mask", None) is not None:
+            token = request.mask.nearest(token)
         self.generated[row] += 1
+        self.last[row] = token
         reason = "length" if self.generated[row] >= request.max_new_tokens else ""
         reason = "stop" if token in request.stop_ids else reason
         self.ended[row] = reason
@@ -109,6 +118,32 @@ class FakeSession:
         return self.requests[row].cache
 
 
+class FakeMask:
+    """`_core.TokenMask` in Python: one answer serves one token."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.words = np.zeros((vocab_size + 31) // 32, np.uint32)
+        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def allow(self) -> None:
+        self.answers.put(self.words.copy())
+
+    def allow_all(self) -> None:
+        self.answers.put(None)
+
+    def fail(self, reason: str) -> None:
+        self.answers.put(ValueError(reason))
+
+    def nearest(self, token: int) -> int:
+        answer = self.answers.get(timeout=10)
+        if isinstance(answer, ValueError):
+            raise answer
+        if answer is None:
+            return token
+        allowed = [i for i in range(32 * len(answer)) if answer[i // 32] >> (i % 32) & 1]
+        return token if token in allowed else allowed[0]
+
+
 class FakeModel:
     """A model whose next session answers with `scripts`: strings (encoded) or lists of ids."""
 
@@ -140,6 +175,9 @@ class FakeModel:
 
     def new_request(self) -> Any:
         return SimpleNamespace(cache=None, sampling=SimpleNamespace())
+
+    def new_mask(self, vocab_size: int) -> FakeMask:
+        return FakeMask(vocab_size)
 
     def core_cache(self, cache: Any) -> Any:
         return cache

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gemloupe.chat_template import DEFAULT_PATH, ChatTemplate, check_messages, check_tools
+from gemloupe.chat_template import DEFAULT_PATH, ChatTemplate, check_messages
 from gemloupe.config import parse_config
 from gemloupe.prompt import prepare
 from gemloupe.tokenizer import Tokenizer
@@ -260,10 +260,3 @@ def test_wrong_messages_say_which_and_what(
 ) -> None:
     with pytest.raises(error, match=expected):
         check_messages(messages)
-
-
-def test_tools_must_be_schemas() -> None:
-    assert check_tools(None) is None
-    for wrong in ({"name": "f"}, "f", [len], [{"type": "function"}]):
-        with pytest.raises(TypeError, match="JSON schema"):
-            check_tools(wrong)

@@ -93,6 +93,7 @@ def test_without_a_topic_the_pages_are_listed(capsys: pytest.CaptureFixture[str]
         ("from-nnsight", "from_nnsight"),
         ("semantic", "semantics"),
         ("error", "errors"),
+        ("chats", "chat"),
     ],
 )
 def test_topics_are_found_in_any_spelling_near_them(topic: str, page: str) -> None:

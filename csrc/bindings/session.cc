@@ -17,6 +17,23 @@ void BindSession(py::module_& module) {
       .def_readwrite("seed", &SamplingOptions::seed)
       .def_readwrite("suppress", &SamplingOptions::suppress);
 
+  py::class_<TokenMask, std::shared_ptr<TokenMask>>(
+      module, "TokenMask",
+      "Which ids the next token of one row may be. Each of allow, allow_all and fail serves one "
+      "token, and may be called by another thread while the session steps.")
+      .def(py::init<int64_t>(), py::arg("vocab_size"))
+      .def_property_readonly(
+          "words",
+          [](const py::object& self) {
+            std::vector<uint32_t>& words = self.cast<TokenMask&>().words();
+            return py::array_t<uint32_t>(static_cast<py::ssize_t>(words.size()), words.data(),
+                                         self);
+          },
+          "Writable uint32 [V / 32], 32 ids each, the lowest bit first.")
+      .def("allow", &TokenMask::Allow, "Only the ids whose bit is set in `words`.")
+      .def("allow_all", &TokenMask::AllowAll)
+      .def("fail", &TokenMask::Fail, py::arg("reason"), "The step raises ValueError.");
+
   py::class_<RowRequest>(module, "RowRequest", "One sequence to be continued.")
       .def(py::init<>())
       .def_readwrite("ids", &RowRequest::ids)
@@ -28,6 +45,7 @@ void BindSession(py::module_& module) {
                      "Alternatives to report; -1 for none at all.")
       .def_readwrite("prompt_logprobs", &RowRequest::prompt_logprobs)
       .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.")
+      .def_readwrite("mask", &RowRequest::mask, "A TokenMask that is asked for every token.")
       .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.")
       .def_property(
           "adapters", nullptr,

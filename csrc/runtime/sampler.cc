@@ -41,6 +41,22 @@ std::vector<Candidate> Largest(const float* logits, int64_t vocab, int64_t count
   return kept;
 }
 
+// Makes every id whose bit is not set impossible.
+void Forbid(float* logits, int64_t vocab, const uint32_t* allowed) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  for (int64_t begin = 0; begin < vocab; begin += 32) {
+    const uint32_t word = allowed[begin / 32];
+    const int64_t end = std::min(vocab, begin + 32);
+    if (word == 0) {
+      std::fill(logits + begin, logits + end, kNever);
+    } else if (word != ~uint32_t{0}) {
+      for (int64_t id = begin; id < end; ++id) {
+        if ((word >> (id - begin) & 1) == 0) logits[id] = kNever;
+      }
+    }
+  }
+}
+
 // splitmix64 (Steele, Lea and Flood, 2014): a full-period mix of a counter.
 uint64_t Mix(uint64_t x) {
   x += 0x9E3779B97F4A7C15u;
@@ -56,7 +72,8 @@ double Sampler::NextUniform() {
   return static_cast<double>(bits >> 11) * 0x1.0p-53;
 }
 
-int32_t Sampler::Next(float* logits, int64_t vocab) {
+int32_t Sampler::Next(float* logits, int64_t vocab, const uint32_t* allowed) {
+  if (allowed != nullptr) Forbid(logits, vocab, allowed);
   if (options_.repetition_penalty != 1.0f) {
     for (const int32_t id : seen_) {
       float& logit = logits[id];

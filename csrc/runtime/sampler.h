@@ -34,9 +34,9 @@ class Sampler {
   // Tokens of the prompt, for the repetition penalty.
   void Observe(const std::vector<int32_t>& ids) { seen_.insert(ids.begin(), ids.end()); }
 
-  // The next token for logits [V] after the soft-cap. Order: repetition penalty, suppressed ids,
-  // temperature, top_k, top_p, min_p. `logits` is changed.
-  int32_t Next(float* logits, int64_t vocab);
+  // The next token for logits [V] after the soft-cap. Order: `allowed` (see TokenMask; null: any
+  // id), repetition penalty, suppressed ids, temperature, top_k, top_p, min_p. `logits` is changed.
+  int32_t Next(float* logits, int64_t vocab, const uint32_t* allowed = nullptr);
 
  private:
   double NextUniform();

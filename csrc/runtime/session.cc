@@ -56,6 +56,10 @@ StatusOr<int> Session::Submit(RowRequest request) {
         absl::StrCat("max_new_tokens is ", request.max_new_tokens, ", expected 1 or more"));
   }
   GL_RETURN_IF_ERROR(CheckSampling(*model_, request.sampling));
+  if (request.mask != nullptr && request.mask->vocab() != model_->config().vocab_size) {
+    return absl::InvalidArgumentError(absl::StrCat("the token mask is for ", request.mask->vocab(),
+                                                   " ids, expected ", model_->config().vocab_size));
+  }
   if (request.cache == nullptr) {
     KvCacheOptions options;
     options.dtype = model_->options().kv_dtype;
@@ -129,7 +133,8 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   row.prefilled = end;
   StepResult result;
   if (end == prompt) {
-    result = Choose(index, logits_.data() + static_cast<int64_t>(logits_.size()) - vocab);
+    float* last = logits_.data() + static_cast<int64_t>(logits_.size()) - vocab;
+    GL_ASSIGN_OR_RETURN(result, Choose(index, last, stopped));
     result.prompt_logprobs = std::move(row.prompt_logprobs);
   }
   result.row = index;
@@ -158,13 +163,27 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
   std::vector<StepResult> results;
   const int64_t vocab = model_->config().vocab_size;
   for (size_t i = 0; i < indices.size(); ++i) {
-    results.push_back(Choose(indices[i], logits_.data() + static_cast<int64_t>(i) * vocab));
+    float* logits = logits_.data() + static_cast<int64_t>(i) * vocab;
+    StatusOr<StepResult> result = Choose(indices[i], logits, stopped);
+    if (!result.ok()) {
+      // Every cache of the pass holds a token more: these rows can't go on.
+      for (const int index : indices) rows_[static_cast<size_t>(index)]->done = true;
+      return result.status();
+    }
+    results.push_back(*std::move(result));
   }
   return results;
 }
 
-StepResult Session::Choose(int index, float* logits) {
+StatusOr<StepResult> Session::Choose(int index, float* logits,
+                                     const std::function<bool()>& stopped) {
   Row& row = *rows_[static_cast<size_t>(index)];
+  const uint32_t* allowed = nullptr;
+  if (row.request.mask != nullptr) {
+    StatusOr<const uint32_t*> answer = row.request.mask->Take(stopped);
+    row.done = row.done || !answer.ok();
+    GL_ASSIGN_OR_RETURN(allowed, std::move(answer));
+  }
   const int64_t vocab = model_->config().vocab_size;
   StepResult result;
   result.row = index;
@@ -172,10 +191,10 @@ StepResult Session::Choose(int index, float* logits) {
   if (row.request.logprobs >= 0) {
     // The sampler changes the logits: log-probabilities are those before its filters.
     std::vector<float> scratch(logits, logits + vocab);
-    result.token = row.sampler.Next(scratch.data(), vocab);
+    result.token = row.sampler.Next(scratch.data(), vocab, allowed);
     result.logprobs = ComputeLogprobs(logits, vocab, result.token, row.request.logprobs);
   } else {
-    result.token = row.sampler.Next(logits, vocab);
+    result.token = row.sampler.Next(logits, vocab, allowed);
   }
   row.last_token = result.token;
   ++row.generated;

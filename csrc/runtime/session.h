@@ -13,6 +13,7 @@
 #include "models/text_model.h"
 #include "runtime/run.h"
 #include "runtime/sampler.h"
+#include "runtime/token_mask.h"
 #include "state/kv_cache.h"
 
 namespace gemloupe {
@@ -27,7 +28,8 @@ struct RowRequest {
   int logprobs = -1;  // most likely tokens to report beside each chosen one; −1: no logprobs
   int prompt_logprobs = -1;  // the same for the prompt's tokens
   std::optional<float> softcap;
-  std::shared_ptr<Hooks> hooks;  // null: nobody looks
+  std::shared_ptr<Hooks> hooks;     // null: nobody looks
+  std::shared_ptr<TokenMask> mask;  // asked before every token; null: any id
   AdapterMix adapters;
 };
 
@@ -53,7 +55,7 @@ class Session {
   // InvalidArgument for a bad option.
   StatusOr<int> Submit(RowRequest request);
   // Runs one pass. `stopped` as in PassRequest. On any error but bad use the rows can go on or be
-  // cancelled; no cache is left half written.
+  // cancelled; no cache is left half written. An error of a token mask ends the rows of its pass.
   StatusOr<std::vector<StepResult>> Step(const std::function<bool()>& stopped);
   // Ends a row; its cache keeps what was computed. OutOfRange for an unknown row.
   Status Cancel(int row);
@@ -82,7 +84,7 @@ class Session {
   StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
                                            const std::function<bool()>& stopped);
-  StepResult Choose(int row, float* logits);
+  StatusOr<StepResult> Choose(int row, float* logits, const std::function<bool()>& stopped);
 
   std::shared_ptr<TextModel> model_;
   int64_t chunk_;

@@ -180,30 +180,30 @@ def _check_parts(parts: Sequence[Any], where: str) -> None:
             raise ValueError(f'{where}.content[{index}] has no "text"; give it a str')
 
 
-def check_tools(tools: Any) -> list[Mapping[str, Any]] | None:
-    """Returns `tools` as a list of JSON schemas, None where there are none."""
-    if tools is None:
-        return None
-    if isinstance(tools, Mapping) or not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise TypeError(f"tools must be a list of JSON schemas, got {type(tools).__name__}")
-    for index, tool in enumerate(tools):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise TypeError(
-                f"tools[{index}] is {quoted(tool)}; expected a JSON schema such as "
-                '{"type": "function", "function": {"name": ..., "description": ..., '
-                '"parameters": {...}}}'
-            )
-    return list(tools)
-
-
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the message as templates expect it: plain data, no None, all names of reasoning."""
     plain = {key: value for key, value in _plain(message).items() if value is not None}
+    if isinstance(plain.get("tool_calls"), list):
+        plain["tool_calls"] = [_call(call) for call in plain["tool_calls"]]
     for key in _REASONING_KEYS:
         if key in plain:
             return {"thinking": plain[key], **plain, "reasoning_content": plain[key]}
     return plain
+
+
+def _call(call: Any) -> Any:
+    """Returns a tool call with its arguments as a mapping; OpenAI's clients send them as JSON."""
+    body = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(body, dict) or not isinstance(body.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(body["arguments"] or "{}")
+    except ValueError:
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    body = {**body, "arguments": arguments}
+    return {**call, "function": body} if "function" in call else body
 
 
 def _plain(value: Any) -> Any:

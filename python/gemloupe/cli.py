@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gemloupe.errors import did_you_mean
@@ -43,6 +44,7 @@ _GENERATE_EXAMPLES = """\
 examples:
   gemloupe generate "What is 27 + 45?"
   gemloupe generate "What is 27 + 45?" --thinking --temperature 0
+  gemloupe generate "Name a colour and its hex code." --json-schema colour.schema.json
   gemloupe generate "Once upon a time" --raw --max-new-tokens 40 --seed 7
   gemloupe generate "Why is the sky blue?" --model google/gemma-4-E2B-it
   echo "Sort: 3 1 2" | gemloupe generate --json"""
@@ -51,7 +53,7 @@ _CHAT_EXAMPLES = """\
 examples:
   gemloupe chat
   gemloupe chat --model google/gemma-4-E2B-it --system "Answer in one sentence."
-  gemloupe chat --thinking --seed 7
+  gemloupe chat --thinking --max-thinking-tokens 200 --seed 7
 
 In the chat, /help lists the commands. Ctrl-C stops a reply, Ctrl-D or /exit ends the chat."""
 
@@ -360,6 +362,12 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--system", metavar="TEXT", help="instructions that come first")
     group.add_argument("--thinking", action="store_true", help="let the model think first")
+    group.add_argument(
+        "--max-thinking-tokens", type=int, metavar="N", help="end thoughts that get longer"
+    )
+    group.add_argument(
+        "--json-schema", metavar="FILE", help="make answers follow the JSON schema in this file"
+    )
     group.add_argument("--max-new-tokens", type=int, default=None, metavar="N")
     group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
     group.add_argument("--top-p", type=float, metavar="X")
@@ -383,6 +391,12 @@ def _options(arguments: argparse.Namespace, default_tokens: int) -> dict[str, An
         name: getattr(arguments, name)
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
     }
+    if arguments.max_thinking_tokens is not None:
+        options["max_thinking_tokens"] = arguments.max_thinking_tokens
+    if arguments.json_schema is not None:
+        from gemloupe import strict_json
+
+        options["response_format"] = strict_json.read_object(Path(arguments.json_schema))
     tokens = arguments.max_new_tokens
     return {**options, "max_new_tokens": default_tokens if tokens is None else tokens}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -17,23 +18,27 @@ from gemloupe import _core, cache_edits, capturing
 from gemloupe import routing as _routing
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
+from gemloupe.guide import AnswerForm, RowGuide, ThoughtBudget, answer_ends
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch, prepare
 from gemloupe.sampling import RowOptions, resolve_rows, softcap_value
 from gemloupe.stream import Piece, Stream
+from gemloupe.structured import compiler, parse_response_format
 from gemloupe.tokenizer import Tokenizer
+from gemloupe.tool_rounds import check_template, next_prompt
+from gemloupe.tools import Tool, ToolResult, can_run, parse_tools, run_tools
 
 if TYPE_CHECKING:
     from gemloupe.config import ModelConfig
 
 # A prompt shorter than this is read in a few seconds at most; no bar is shown.
 _BAR_TOKENS = 2048
+# What separates the seeds of a row's rounds: 2^64 divided by the golden ratio.
+_ROUND_SEED = 0x9E3779B97F4A7C15
 # Arguments of the contract that later versions understand, with the value that means nothing.
 _LATER: dict[str, Any] = {
     "adapter": None,
-    "max_thinking_tokens": None,
-    "response_format": None,
     "drafter": None,
 }
 
@@ -52,6 +57,9 @@ class GenerationModel(Protocol):
 
     def new_request(self) -> Any:
         """Returns an empty `_core.RowRequest`."""
+
+    def new_mask(self, vocab_size: int) -> Any:
+        """Returns a `_core.TokenMask`."""
 
     def core_cache(self, cache: Any) -> Any:
         """Returns the `_core.KvCache` inside a cache that the caller passed."""
@@ -81,8 +89,8 @@ def generate(
     routing: Any = "experts",
     softcap: Any = "config",
     thinking: bool = False,
-    max_thinking_tokens: int | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    max_thinking_tokens: int | Sequence[int | None] | None = None,
+    tools: Sequence[Any] | None = None,
     max_tool_rounds: int = 4,
     response_format: Any = None,
     images: Any = None,
@@ -94,6 +102,17 @@ def generate(
     stream: bool = False,
 ) -> Output | list[Output] | Stream:
     """Continues `x` (see `prompt.prepare`); an `Output`, a list of them for a batch, or a `Stream`.
+
+    `thinking` lets the model think first (`out.reasoning`); `max_thinking_tokens` ends thoughts
+    that get longer, as the model would end them. `tools`: functions with type hints, or JSON
+    schemas. Calls come as `out.tool_calls`; where all of them are of functions, these are run one
+    after the other, in this thread and at most `max_tool_rounds` times, and the model goes on with
+    what they return or raise: `out` is then the last round, `out.rounds` has those before, and
+    `out.messages` all of them for a history. Every round may have `max_new_tokens` tokens;
+    captures and edits act in each, at positions that count from `x`.
+    `response_format` makes the answer, not thoughts and calls, follow a JSON schema, "json",
+    {"regex": text}, {"grammar": Lark}, or {"choices": [text, …]} (needs gemloupe[structured]; see
+    gl.help("chat")).
 
     Sampling arguments left None come from generation_config.json, else 1.0 / 0.95 / 64;
     temperature=0 is greedy. One seed gives one text, alone or in a batch. `stop`: strings and ids;
@@ -109,12 +128,7 @@ def generate(
     patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
     are one).
     """
-    later = {
-        "adapter": adapter,
-        "max_thinking_tokens": max_thinking_tokens,
-        "response_format": response_format,
-        "drafter": drafter,
-    }
+    later = {"adapter": adapter, "drafter": drafter}
     _refuse_later(later)
     started = time.perf_counter()
     batch = is_batch(x)
@@ -143,6 +157,7 @@ def generate(
         "stop": stop,
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "max_thinking_tokens": max_thinking_tokens,
     }
     options = resolve_rows(
         arguments,
@@ -156,9 +171,14 @@ def generate(
         capturing.parse(hooked, of_row, model.config.text)
         for of_row in capturing.row_edits(edit, len(prompts) if batch else None)
     ]
+    given_tools = parse_tools(tools)
+    row_tools = [_row_tools(prompt, given_tools, max_tool_rounds) for prompt in prompts]
+    guides = _guides(model, prompts, options, response_format, batch)
     rows = [
-        _Row(prompt, of_row, given, started, request)
-        for prompt, of_row, given, request in zip(prompts, options, caches, requests, strict=True)
+        _Row(prompt, of_row, given, started, request, guide, can_call, max_tool_rounds)
+        for prompt, of_row, given, request, guide, can_call in zip(
+            prompts, options, caches, requests, guides, row_tools, strict=True
+        )
     ]
     generation = Generation(model, rows, softcap_value(softcap), stream)
     result = Stream(generation, batch)
@@ -182,6 +202,70 @@ def _refuse_later(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}= is not in this version of generate; leave it out")
 
 
+def _row_tools(prompt: Prompt, given: list[Tool] | None, max_rounds: Any) -> list[Tool]:
+    """The tools of a row, whose functions may be run; checks that results can be fed back."""
+    if isinstance(max_rounds, bool) or not isinstance(max_rounds, int) or max_rounds < 0:
+        raise ValueError(f"max_tool_rounds is {max_rounds!r}; expected 0 or more")
+    if given and not prompt.tools:
+        raise ValueError(
+            "tools= comes with a prompt that was prepared without; pass them to model.prepare"
+        )
+    tools = given or list(prompt.tools)
+    if max_rounds and any(tool.function for tool in tools):
+        check_template(prompt)
+    return tools
+
+
+def _guides(
+    model: GenerationModel,
+    prompts: Sequence[Prompt],
+    options: Sequence[RowOptions],
+    response_format: Any,
+    batch: bool,
+) -> list[RowGuide | None]:
+    """What each row's next tokens must obey; None where that is nothing."""
+    formats = [response_format] * len(prompts)
+    if isinstance(response_format, (list, tuple)):
+        if not batch or len(response_format) != len(prompts):
+            raise ValueError(
+                f"response_format is a list of {len(response_format)}, which gives one value a row "
+                f"of a batch; x has {len(prompts) if batch else 1}: pass one value, or one a row"
+            )
+        formats = list(response_format)
+    grammars = [parse_response_format(each) for each in formats]
+    limited = [of_row.max_thinking_tokens is not None for of_row in options]
+    if not any(limited) and not any(grammars):
+        return [None] * len(prompts)
+    vocab_size = model.config.text.vocab_size
+    # A thread for every row would only queue for the same cores.
+    workers = ThreadPoolExecutor(min(len(prompts), 4), "gemloupe-mask")
+    matchers: dict[Any, Any] = {}
+    guides: list[RowGuide | None] = []
+    for prompt, of_row, grammar in zip(prompts, options, grammars, strict=True):
+        form = budget = None
+        tokenizer = prompt.tokenizer
+        if grammar is not None:
+            ends = answer_ends(tokenizer, of_row.end_ids)
+            key = (grammar.source, ends)
+            if key not in matchers:
+                matchers[key] = compiler(tokenizer, vocab_size, ends).compile(grammar)
+            form = AnswerForm(
+                tokenizer,
+                matchers[key],
+                of_row.end_ids,
+                thinking=prompt.thinking,
+                tools=bool(prompt.tools),
+            )
+        if of_row.max_thinking_tokens is not None:
+            budget = ThoughtBudget(tokenizer, of_row.max_thinking_tokens)
+        if form is None and budget is None:
+            guides.append(None)
+            continue
+        mask = model.new_mask(vocab_size)
+        guides.append(RowGuide(mask, budget, form, of_row.sampling.suppress, workers))
+    return guides
+
+
 class _Row:
     """One row while it is generated."""
 
@@ -192,12 +276,24 @@ class _Row:
         cache: Any,
         started: float,
         request: capturing.Request,
+        guide: RowGuide | None,
+        tools: list[Tool],
+        max_rounds: int,
     ) -> None:
+        self.guide = guide
+        self.tools = tools
+        self.max_rounds = max_rounds
+        # Whether calls of this round are to be run: the row is between two rows of the session.
+        self.must_run = False
+        self.rounds: list[Output] = []
+        self.cached_ids = np.array([], np.int32) if cache is None else _tokens(cache)
         self.prompt = prompt
         self.options = options
         self.cache = cache
         self.started = started
         self.request = request
+        # Positions are resolved once: later rounds keep the span of the first prompt.
+        self.span: Span | None = None
         self.hooks: capturing.BoundHooks | None = None
         self.ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -208,8 +304,10 @@ class _Row:
 
     def read_text(self) -> None:
         """Makes each token be decoded as it comes; without, only `Output.text` decodes."""
+        ids = np.concatenate([self.cached_ids, self.prompt.ids])
+        schemas = [tool.schema for tool in self.prompt.tools]
         stops = self.options.stop_strings
-        self.reader = AnswerReader(self.prompt.tokenizer, self.prompt.ids, stops)
+        self.reader = AnswerReader(self.prompt.tokenizer, ids, stops, schemas)
 
     def take(self, result: Any, seconds: float) -> Piece | None:
         """Takes what a step did to this row; returns a piece if that was a token."""
@@ -233,7 +331,39 @@ class _Row:
         self.finish_reason = "stop" if part.stopped else result.finish_reason
         if self.finish_reason and self.reader and not part.stopped:
             part = self._with_rest(part)
+        if self.waits_for_results:
+            self.must_run = len(self.rounds) < self.max_rounds and can_run(self.tools, self.calls)
+            self.finish_reason = "" if self.must_run else "tool_calls"
+        elif not self.finish_reason and self.guide:
+            self.guide.push(result.token)
         return self._piece(part, (result.token,), logprobs)
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The calls of this round so far."""
+        return self.reader.parser.tool_calls if self.reader else []
+
+    @property
+    def waits_for_results(self) -> bool:
+        """Whether the row ended with an end id after calls."""
+        ended = self.finish_reason == "stop" and self.ids[-1] in self.options.end_ids
+        return ended and bool(self.calls)
+
+    def next_round(self, results: list[ToolResult], prompt: Prompt, cached: np.ndarray) -> None:
+        """Begins the round that reads `prompt`, the results of this one's calls."""
+        self.finish_reason = "tool_calls"
+        ended = self.output(None)
+        ended.tool_results = tuple(results)
+        ended.rounds = ()
+        self.rounds.append(ended)
+        self.prompt = prompt
+        self.cached_ids = cached
+        self.ids, self.logprobs, self.prompt_logprobs = [], [], [None]
+        self.must_run, self.finish_reason = False, ""
+        self.timings = Timings(prefill_tokens=len(prompt))
+        self.hooks = None
+        self.started = time.perf_counter()
+        self.read_text()
 
     def cancel(self) -> Piece:
         """Ends the row early and returns its last piece."""
@@ -247,7 +377,7 @@ class _Row:
         rest = self.reader.finish()
         if rest.stopped:
             self.finish_reason = "stop"
-        return Part(part.text + rest.text, part.reasoning + rest.reasoning)
+        return part + rest
 
     def _piece(
         self, part: Part, ids: tuple[int, ...], logprobs: list[TokenLogprobs] | None
@@ -257,6 +387,8 @@ class _Row:
             text=part.text,
             ids=ids,
             reasoning=part.reasoning,
+            tool_calls=list(part.tool_calls),
+            tool_errors=list(part.tool_errors),
             logprobs=logprobs,
             finish_reason=self.finish_reason or None,
         )
@@ -283,7 +415,13 @@ class _Row:
             routing=trace,
             seed=self.options.sampling.seed,
             stop_strings=self.options.stop_strings,
+            rounds=tuple(self.rounds),
+            cached_ids=self.cached_ids,
         )
+
+
+def _tokens(cache: Any) -> np.ndarray:
+    return np.array(cache.tokens, np.int32)
 
 
 def _logprobs(entry: Any) -> TokenLogprobs:
@@ -303,15 +441,20 @@ class Generation:
         self._model = model
         self._rows = rows
         self._session = model.new_session()
+        self._softcap = softcap
         self._numbers: list[int] = []
+        # Rows of the session that earlier rounds had: (number, index of the row).
+        self._ended: list[tuple[int, int]] = []
         self._edited = [row.cache for row in rows if row.cache is not None and row.request.edits]
         self._notes = [cache.provenance for cache in self._edited]
         with cache_edits.forgotten_on_error(self._edited):
             for index, row in enumerate(self._rows):
-                if stream or row.options.stop_strings:
+                if stream or row.options.stop_strings or row.prompt.tools:
                     row.read_text()
                 self._bind_hooks(row, index)
-                self._numbers.append(self._session.submit(self._request(row, softcap)))
+                if row.guide:
+                    row.guide.begin(np.concatenate([row.cached_ids, row.prompt.ids]))
+                self._numbers.append(self._session.submit(self._request(row)))
         self._bar = _PrefillBar(sum(len(row.prompt) for row in self._rows))
         self._collectors = _routing.collectors(model)
         self._outputs: list[Output] | None = None
@@ -319,19 +462,22 @@ class Generation:
     def _bind_hooks(self, row: _Row, index: int) -> None:
         if not row.request:
             return
-        span = Span(row.prompt, row.cache.length if row.cache is not None else 0)
         text = self._model.config.text
-        new = row.options.max_new_tokens
-        capturing.check_memory(row.request, text, span, new, _core.DEFAULT_CHUNK)
-        row.hooks = capturing.BoundHooks(row.request, text, span, index)
-        if row.cache is not None:
-            cache_edits.note(row.cache, row.request)
+        if row.span is None:
+            row.span = Span(row.prompt, row.cache.length if row.cache is not None else 0)
+            new = row.options.max_new_tokens
+            capturing.check_memory(row.request, text, row.span, new, _core.DEFAULT_CHUNK)
+            if row.cache is not None:
+                cache_edits.note(row.cache, row.request)
+        row.hooks = capturing.BoundHooks(row.request, text, row.span, index)
 
-    def _request(self, row: _Row, softcap: float | None) -> Any:
+    def _request(self, row: _Row, core_cache: Any = None) -> Any:
         options = row.options
         request = self._model.new_request()
         request.ids = row.prompt.ids.tolist()
-        if row.cache is not None:
+        if core_cache is not None:
+            request.cache = core_cache
+        elif row.cache is not None:
             request.cache = self._model.core_cache(row.cache)
         request.max_new_tokens = options.max_new_tokens
         sampling = request.sampling
@@ -340,12 +486,14 @@ class Generation:
         sampling.top_p = options.sampling.top_p
         sampling.min_p = options.sampling.min_p
         sampling.repetition_penalty = options.sampling.repetition_penalty
-        sampling.seed = options.sampling.seed
+        # A round of its own draws, or its tokens would be tied to the first round's.
+        sampling.seed = (options.sampling.seed + len(row.rounds) * _ROUND_SEED) % 2**64
         sampling.suppress = list(options.sampling.suppress)
         request.stop_ids = list(options.stop_ids)
         request.logprobs = options.logprobs or -1
         request.prompt_logprobs = options.prompt_logprobs or -1
-        request.softcap = softcap
+        request.softcap = self._softcap
+        request.mask = row.guide.mask if row.guide else None
         request.hooks = row.hooks.core if row.hooks else None
         return request
 
@@ -355,7 +503,10 @@ class Generation:
         return all(row.finish_reason for row in self._rows)
 
     def step(self) -> list[Piece]:
-        """Runs one pass and returns its pieces, at most one a row."""
+        """Runs one pass, or the tools that a row called; returns its pieces, at most one a row."""
+        for index, row in enumerate(self._rows):
+            if row.must_run and not row.finish_reason:
+                return [self._run_calls(index)]
         before = time.perf_counter()
         results = self._session.step()
         seconds = time.perf_counter() - before
@@ -368,14 +519,42 @@ class Generation:
             if row.finish_reason:  # another thread closed the stream while this step ran
                 continue
             piece = row.take(result, seconds)
-            self._bar.show(index, result.prefilled)
-            if piece is not None:
-                pieces.append(_of_row(piece, index))
+            if not row.rounds:
+                self._bar.show(index, result.prefilled)
             if row.finish_reason == "stop" and not result.finish_reason:
                 self._session.cancel(result.row)
+            if piece is not None:
+                pieces.append(_of_row(piece, index))
         if self.done:
-            self._bar.close()
+            self._close()
         return pieces
+
+    def _close(self) -> None:
+        self._bar.close()
+        for row in self._rows:
+            if row.guide:
+                row.guide.close()
+
+    def _run_calls(self, index: int) -> Piece:
+        """Runs what a row called, and lets it go on with the results."""
+        row, number = self._rows[index], self._numbers[index]
+        results = run_tools(row.tools, row.calls)
+        said = row.output(None).message
+        prompt = next_prompt(row.prompt, said, results)
+        cache = self._session.cache(number)
+        row.next_round(results, prompt, _tokens(cache))
+        self._bind_hooks(row, index)
+        try:
+            self._numbers[index] = self._session.submit(self._request(row, cache))
+        except (ValueError, MemoryError):  # No room for the results: what came so far is kept.
+            row.finish_reason, row.hooks = "length", None
+            if self.done:
+                self._close()
+        else:
+            self._ended.append((number, index))
+            if row.guide:
+                row.guide.begin(np.concatenate([row.cached_ids, prompt.ids]))
+        return Piece(row=index, tool_results=results, finish_reason=row.finish_reason or None)
 
     def cancel(self) -> list[Piece]:
         """Ends the rows that still run; their caches keep what was computed."""
@@ -387,6 +566,9 @@ class Generation:
             if row.cache is not None and row.finish_reason:
                 self._session.rollback(number)
         self._end(self._session.rollback)
+        for number, index in reversed(self._ended):
+            if self._rows[index].cache is not None:
+                self._session.rollback(number)
         for cache, notes in zip(self._edited, self._notes, strict=True):
             cache.forget(notes)
 
@@ -396,7 +578,7 @@ class Generation:
             if not row.finish_reason:
                 end_row(self._numbers[index])
                 pieces.append(_of_row(row.cancel(), index))
-        self._bar.close()
+        self._close()
         return pieces
 
     def outputs(self) -> list[Output]:

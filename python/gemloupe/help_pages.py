@@ -14,6 +14,7 @@ PAGES = (
     "semantics",
     "numbers",
     "errors",
+    "chat",
     "from_transformer_lens",
     "from_transformers",
     "from_nnsight",

@@ -313,7 +313,7 @@ class Model:
         images: Any = None,
         audio: Any = None,
         videos: Any = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Any] | None = None,
         thinking: bool = False,
         bos: bool | str = "auto",
     ) -> Any:
@@ -510,6 +510,9 @@ class Model:
 
     def new_request(self) -> _core.RowRequest:
         return _core.RowRequest()
+
+    def new_mask(self, vocab_size: int) -> _core.TokenMask:
+        return _core.TokenMask(vocab_size)
 
     def core_cache(self, cache: KvCache) -> _core.KvCache:
         return cache.core

@@ -12,6 +12,7 @@ import numpy as np
 from gemloupe.answer import AnswerReader
 from gemloupe.errors import quoted
 from gemloupe.prompt import Prompt
+from gemloupe.tools import ToolResult
 
 TokenLogprobs = tuple[float, list[tuple[int, float]]]
 """(log-probability of the token, [(id, log-probability)] of the most likely ones)."""
@@ -45,7 +46,8 @@ class Output:
     ids: np.ndarray
     """New ids [n], int32, read-only; an end-of-sequence id that ended the row is the last one."""
     finish_reason: str
-    """"stop" (an end or stop id, or a stop string), "length" or "cancelled"."""
+    """"stop" (an end or stop id, or a stop string), "length", "cancelled", or "tool_calls": the
+    model waits for results that the caller has to give."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry a new token, after the soft-cap and before the sampling filters; or None."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -57,10 +59,20 @@ class Output:
     timings: Timings = field(default_factory=Timings)
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
+    rounds: tuple[Output, ...] = ()
+    """The rounds before this one, whose calls were answered; each has its own prompt and ids."""
+    tool_results: tuple[ToolResult, ...] = ()
+    """What this round's calls gave; () where the last round's are left to the caller."""
+    cached_ids: np.ndarray | None = field(default=None, repr=False)
+    """Ids that a cache held before the prompt [S]."""
 
     @functools.cached_property
     def _answer(self) -> AnswerReader:
-        reader = AnswerReader(self.prompt.tokenizer, self.prompt.ids, self.stop_strings)
+        ids = self.prompt.ids
+        if self.cached_ids is not None:
+            ids = np.concatenate([self.cached_ids, ids])
+        schemas = [tool.schema for tool in self.prompt.tools]
+        reader = AnswerReader(self.prompt.tokenizer, ids, self.stop_strings, schemas)
         for token in self.ids.tolist():
             if reader.push(token).stopped:
                 return reader
@@ -79,8 +91,38 @@ class Output:
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:
-        """Always []: this version leaves calls as they are, in `ids`."""
-        return []
+        """The calls of this round, in OpenAI's form, with `arguments` as a dict in JSON types.
+
+        {"id": ..., "type": "function", "function": {"name": ..., "arguments": {...}}}. Values that
+        were written without quotes are as the tool's schema says.
+        """
+        return self._answer.parser.tool_calls
+
+    @property
+    def tool_errors(self) -> list[dict[str, str]]:
+        """Calls that can't be read: {"text": as it was written, "error": why}.
+
+        `text` holds them too.
+        """
+        return self._answer.parser.tool_errors
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """This round as a message for a history; its thoughts are left out where templates do."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """All that came: each round's message and the results of its calls, for a history."""
+        messages = []
+        for output in (*self.rounds, self) if len(self.ids) else self.rounds:
+            messages += [output.message, *(result.message for result in output.tool_results)]
+        return messages
 
     @property
     def tokens(self) -> list[str]:
@@ -102,6 +144,10 @@ class Output:
             lines.insert(0, ("text", quoted(self.text)))
             if self.reasoning:
                 lines.insert(1, ("reasoning", quoted(self.reasoning)))
+            for call in self.tool_calls:
+                lines.insert(-2, ("tool call", quoted(call["function"])))
+            for problem in self.tool_errors:
+                lines.insert(-2, ("tool error", quoted(problem["error"])))
         except FileNotFoundError:  # A checkpoint without a tokenizer works on ids.
             lines.insert(0, ("ids", quoted(self.ids.tolist())))
         return "Output\n" + "\n".join(f"  {name:<14} {value}" for name, value in lines)

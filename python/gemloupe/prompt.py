@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from gemloupe.chat_template import check_messages, check_tools
+from gemloupe.chat_template import check_messages
 from gemloupe.errors import did_you_mean, one_of, quoted
 from gemloupe.tokenizer import StreamDecoder, Tokenizer
+from gemloupe.tools import Tool, parse_tools
 
 if TYPE_CHECKING:
     from gemloupe.config import ModelConfig
@@ -37,6 +39,9 @@ class Prompt:
     thinking: bool = False
     media: tuple[Any, ...] = ()
     """Images, clips and videos in order; always empty in this version."""
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    """The chat that the ids come from; empty for text and ids."""
+    tools: tuple[Tool, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -211,7 +216,7 @@ def prepare(
     config: ModelConfig | None,
     *,
     thinking: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Any] | None = None,
     bos: bool | str = "auto",
     images: Any = None,
     audio: Any = None,
@@ -229,7 +234,7 @@ def prepare(
                 f"{name}= is not in this version, which reads text only; leave it out and "
                 "describe the content in words"
             )
-    arguments = _Arguments(tokenizer, config, bool(thinking), check_tools(tools), bos)
+    arguments = _Arguments(tokenizer, config, bool(thinking), parse_tools(tools), bos)
     if is_batch(x):
         rows = list(x)
         if not rows:
@@ -257,7 +262,7 @@ class _Arguments:
     tokenizer: Tokenizer
     config: ModelConfig | None
     thinking: bool
-    tools: list[Mapping[str, Any]] | None
+    tools: list[Tool] | None
     bos: bool | str
 
 
@@ -286,13 +291,14 @@ def _prepare_chat(messages: Sequence[Any], arguments: _Arguments, name: str) -> 
     check_messages(messages)
     _refuse_media(messages)
     tokenizer = arguments.tokenizer
-    text = tokenizer.chat_template.render(
-        messages, tools=arguments.tools, thinking=arguments.thinking
-    )
+    tools = arguments.tools
+    schemas = None if tools is None else [tool.schema for tool in tools]
+    text = tokenizer.chat_template.render(messages, tools=schemas, thinking=arguments.thinking)
     ids = tokenizer.encode(text, bos=arguments.bos)
     if arguments.bos is False:
         ids = tokenizer.without_bos(ids)
-    return _prompt(ids, "chat", arguments, name)
+    prompt = _prompt(ids, "chat", arguments, name)
+    return dataclasses.replace(prompt, messages=tuple(messages), tools=tuple(tools or ()))
 
 
 def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:

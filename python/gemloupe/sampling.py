@@ -50,6 +50,9 @@ class RowOptions:
     stop_ids: tuple[int, ...]
     """End-of-sequence ids and the caller's."""
     stop_strings: tuple[str, ...]
+    end_ids: tuple[int, ...] = ()
+    """End-of-sequence ids alone."""
+    max_thinking_tokens: int | None = None
     logprobs: int = 0
     """How many alternatives are reported beside each chosen token; 0: no log-probabilities."""
     prompt_logprobs: int = 0
@@ -114,12 +117,18 @@ def _resolve_row(
     if ends is None:
         ends = eos_ids
     ends = [ends] if isinstance(ends, int) else ends
+    # The file may name ids of a larger vocabulary, which can't be chosen.
+    ends = tuple(i for i in ends if i < vocab_size)
+    thinking = chosen.get("max_thinking_tokens")
+    if thinking is not None:
+        thinking = _integer("max_thinking_tokens", thinking, 0)
     return RowOptions(
         sampling=_sampling(chosen, generation_config, vocab_size),
         max_new_tokens=_integer("max_new_tokens", chosen["max_new_tokens"], 1),
-        # The file may name ids of a larger vocabulary, which can't be chosen.
-        stop_ids=tuple(dict.fromkeys([*(i for i in ends if i < vocab_size), *stop_ids])),
+        stop_ids=tuple(dict.fromkeys([*ends, *stop_ids])),
         stop_strings=stop_strings,
+        end_ids=ends,
+        max_thinking_tokens=thinking,
         logprobs=_integer("logprobs", chosen["logprobs"], 0, vocab_size),
         prompt_logprobs=_integer("prompt_logprobs", chosen["prompt_logprobs"], 0, vocab_size),
     )

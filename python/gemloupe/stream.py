@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gemloupe.output import Output, TokenLogprobs
+from gemloupe.tools import ToolResult
 
 if TYPE_CHECKING:
     from gemloupe.generation import Generation
@@ -27,11 +28,15 @@ class Piece:
     ids: tuple[int, ...] = ()
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
-    """Always [] in this version."""
+    """Calls that this token completed, as in `Output.tool_calls`."""
+    tool_errors: list[dict[str, str]] = field(default_factory=list)
+    """Calls that can't be read, as in `Output.tool_errors`; `text` holds them too."""
+    tool_results: list[ToolResult] = field(default_factory=list)
+    """What the calls of a round gave, in a piece of its own; the row goes on after it."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each of `ids`, where the call asked for them."""
     finish_reason: str | None = None
-    """Set in the last piece of a row: "stop", "length" or "cancelled"."""
+    """Set in the last piece of a row: "stop", "length", "tool_calls" or "cancelled"."""
 
 
 class Stream(Iterator[Piece]):
