@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe.config import parse_config
+from gemloupe.media import Reader
 from gemloupe.tokenizer import Tokenizer
 from tiny_models import save_tiny_tokenizer
 
@@ -158,6 +159,7 @@ class FakeModel:
         )
         self.tokenizer = Tokenizer(folder, self.config)
         self.generation_config = generation_config
+        self.media_reader = Reader(self.config.text.hidden_size)
         self.scripts = [self._ids(script) for script in scripts]
         self.session: FakeSession | None = None
 

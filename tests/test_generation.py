@@ -220,7 +220,11 @@ def test_timings_count_tokens(folder: Path) -> None:
         ({"logprobs": True}, TypeError, "logprobs must be an int, got True"),
         ({"softcap": -3}, ValueError, 'softcap is -3; expected "config", None, or a number'),
         ({"cache": [None]}, TypeError, "cache is a list, but x is a single prompt"),
-        ({"images": ["a.png"]}, ValueError, "images= is not in this version"),
+        (
+            {"images": ["a.png"]},
+            ValueError,
+            r"images.0. is a str, but this model does not read image",
+        ),
         ({"adapter": "a"}, ValueError, "adapter= is not in this version"),
         (
             {"routing": "some"},

@@ -139,14 +139,17 @@ def make_tiny(
     dtype: str = "float32",
     text_only: bool = False,
     towers: str | None = None,
+    media_ids: bool = False,
+    vision: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
     """Makes a random model of `variant`, in evaluation mode, float32, eager attention and experts.
 
     `dtype` is the type that `save_tiny` stores: every weight is rounded to it here, so that the
     returned float32 model and the file hold the same numbers. `towers="tiny"` adds small vision
-    and audio towers to the multimodal class; None leaves them null. `overrides` replace text
-    config values, released spelling.
+    and audio towers to the multimodal class; None leaves them null. `media_ids` gives the config
+    the placeholders' ids of `save_tiny_tokenizer`. `vision` replaces values of the small vision
+    tower's config, `overrides` those of the text config, released spelling.
     """
     text = text_config_values(variant, **overrides)
     if variant == "12b":
@@ -166,7 +169,10 @@ def make_tiny(
     if text_only:
         model = text_class._from_config(text_config, **backends)
     else:
-        config = config_class(text_config=text_config, **_tower_configs(variant, text, towers))
+        towers_and_ids = _tower_configs(variant, text, towers) | (MEDIA_IDS if media_ids else {})
+        if vision:
+            towers_and_ids["vision_config"] |= vision
+        config = config_class(text_config=text_config, **towers_and_ids)
         model = multimodal_class._from_config(config, **backends)
     randomise(model, seed)
     with torch.no_grad():
@@ -531,6 +537,17 @@ SPECIAL_TOKENS = {
 _LATER_SPECIAL_TOKENS = ("<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>")
 _LATER_SPECIAL_TOKENS += ("<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>")
 _LATER_SPECIAL_TOKENS += ("<|audio|>", "<|video|>")
+# Where they stand in a tiny tokenizer, by the fields of config.json.
+MEDIA_IDS = {
+    "boi_token_id": 10,
+    "eoi_token_id": 11,
+    "image_token_id": 12,
+    "boa_token_id": 13,
+    "eoa_token_id": 14,
+    "eoa_token_index": 14,
+    "audio_token_id": 15,
+    "video_token_id": 16,
+}
 
 
 def save_tiny_tokenizer(folder: str | Path, vocab_size: int = VOCAB_SIZE) -> Path:

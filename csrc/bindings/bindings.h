@@ -91,6 +91,7 @@ void BindKvCache(pybind11::module_& module);
 void BindWeights(pybind11::module_& module);
 void BindTextModel(pybind11::module_& module);
 void BindSession(pybind11::module_& module);
+void BindVision(pybind11::module_& module);
 void BindSystem(pybind11::module_& module);
 
 }  // namespace gemloupe

@@ -202,13 +202,27 @@ void BindHooks(py::module_& module) {
       [] {
         py::list points;
         for (const HookPointInfo& info : HookPoints()) {
+          if (IsVisionOnly(info.point)) continue;
           points.append(py::make_tuple(info.name, info.per_layer, info.shape, info.editable,
                                        info.transformers, info.transformer_lens));
         }
         return points;
       },
       "(name, of every layer?, shape, editable?, transformers path, TransformerLens name) of each "
-      "hook point, in model order.");
+      "hook point of the text model, in model order.");
+  module.def(
+      "vision_hook_points",
+      [] {
+        py::list points;
+        for (const HookPointInfo& info : HookPoints()) {
+          if (!info.in_vision) continue;
+          points.append(py::make_tuple(static_cast<int>(info.point), info.name, info.per_layer,
+                                       info.shape, info.editable, info.transformers));
+        }
+        return points;
+      },
+      "(number, name, of every layer?, shape, editable?, transformers path) of each hook point of "
+      "the vision tower, in the order of the table.");
 }
 
 }  // namespace gemloupe

@@ -96,5 +96,6 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindHooks(module);
   gemloupe::BindTextModel(module);
   gemloupe::BindSession(module);
+  gemloupe::BindVision(module);
   gemloupe::BindSystem(module);
 }

@@ -33,7 +33,8 @@ py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& nam
 py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<KvCache> cache,
                     int64_t logits_begin, int64_t logits_end, const std::shared_ptr<Hooks>& hooks,
                     std::optional<float> softcap, int64_t chunk, int first_layer,
-                    const std::optional<Floats>& resid_pre, const PyAdapterMix& adapters) {
+                    const std::optional<Floats>& resid_pre, const PyAdapterMix& adapters,
+                    const std::shared_ptr<MediaInput>& media) {
   SignalCheck stopped;
   RunRequest request;
   if (resid_pre.has_value()) {
@@ -52,6 +53,7 @@ py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<
   request.logits_end = logits_end;
   request.hooks = hooks.get();
   request.adapters = UseAdapters(adapters);
+  request.media = media;
   request.softcap = softcap;
   request.chunk = chunk;
   request.stopped = [&] { return stopped(); };
@@ -98,6 +100,21 @@ void BindTextModel(py::module_& module) {
             }
           });
 
+  py::class_<MediaInput, std::shared_ptr<MediaInput>>(module, "MediaInput",
+                                                      "Soft tokens in a sequence of ids.")
+      .def(py::init([](std::vector<int64_t> rows, const Floats& soft_tokens, int32_t padding_id,
+                       std::vector<std::pair<int64_t, int64_t>> blocks) {
+             auto media = std::make_shared<MediaInput>();
+             media->rows = std::move(rows);
+             media->soft_tokens.assign(soft_tokens.data(), soft_tokens.data() + soft_tokens.size());
+             media->padding_id = padding_id;
+             media->blocks = std::move(blocks);
+             return media;
+           }),
+           py::arg("rows"), py::arg("soft_tokens"), py::arg("padding_id"), py::arg("blocks"),
+           "soft_tokens [rows, D] for these indices of the ids; blocks [begin, end) see themselves "
+           "whole.");
+
   py::class_<TextModel, std::shared_ptr<TextModel>>(module, "TextModel",
                                                     "The text decoder with its weights.")
       .def(py::init(&Load), py::arg("config"), py::arg("weights"), py::arg("options"),
@@ -130,6 +147,7 @@ void BindTextModel(py::module_& module) {
            py::arg("logits_end"), py::arg("hooks"), py::arg("softcap"), py::arg("chunk"),
            py::arg("first_layer") = 0, py::arg("resid_pre") = py::none(),
            py::arg("adapters") = PyAdapterMix(),
+           py::arg("media") = nullptr,
            "One sequence through the model; its tokens are appended to the cache.")
       .def("unembed", &Unembed, py::arg("x"), py::arg("norm"), py::arg("softcap"), py::arg("vocab"),
            "Logits [T, V or vocab] of residual streams x [T, D].");

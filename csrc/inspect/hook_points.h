@@ -81,6 +81,11 @@ enum class HookPoint : uint8_t {
   kFinalNorm,
   kLogitsRaw,
   kLogits,
+  // Of the vision tower, whose layers have points of the decoder's layers too:
+  kVisionPatches,
+  kVisionPooled,
+  kVisionStandardized,
+  kVisionSoftTokens,
 };
 
 struct HookPointInfo {
@@ -95,11 +100,16 @@ struct HookPointInfo {
   const char* transformers;
   // The same value's name in TransformerLens; "" where it has none.
   const char* transformer_lens;
+  // Whether the layers of the vision tower have it too: as "vision.layers.{i}." and its name, and in
+  // transformers as "vision_tower.encoder." and the path. Points of the tower alone have full names.
+  bool in_vision = false;
 };
 
 // One row a point, in the order of the enum.
 const std::vector<HookPointInfo>& HookPoints();
 
+// Whether a point is of the vision tower alone.
+inline bool IsVisionOnly(HookPoint point) { return point >= HookPoint::kVisionPatches; }
 // Whether the rows are positions of the cache, not rows of the pass.
 inline bool IsCached(HookPoint point) {
   return point == HookPoint::kAttnKeys || point == HookPoint::kAttnValues;

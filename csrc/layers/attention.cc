@@ -14,8 +14,10 @@
 namespace gemloupe {
 namespace {
 
-// What the query at `position` may see, in a pass of its sequence that ends before `pass_end`.
-KeyRange VisibleKeys(const LayerSpec& spec, int64_t start, int64_t position, int64_t pass_end) {
+// What the query at `position` may see, in a pass of its sequence that ends before `pass_end`, in a
+// block of media that ends before `block_end` (0: in none).
+KeyRange VisibleKeys(const LayerSpec& spec, int64_t start, int64_t position, int64_t pass_end,
+                     int64_t block_end) {
   KeyRange range;
   if (spec.behind_cache) {
     range.begin = spec.window == 0 ? start : std::max(start, position - spec.window - 1);
@@ -28,6 +30,8 @@ KeyRange VisibleKeys(const LayerSpec& spec, int64_t start, int64_t position, int
   range.end = position + 1;
   if (spec.bidirectional) {
     range.end = spec.window == 0 ? pass_end : std::min(pass_end, position + reach + 1);
+  } else if (spec.window > 0) {
+    range.end = std::max(range.end, block_end);
   }
   return range;
 }
@@ -144,8 +148,10 @@ Status AttentionLayer::Attend(ConstMatrix q, const PassContext& ctx, Matrix z) c
     const Segment& segment = ctx.batch->segments[i];
     ranges.clear();
     for (int64_t row = segment.row; row < segment.row + segment.rows; ++row) {
-      ranges.push_back(VisibleKeys(spec_, segment.cache->start(),
-                                   ctx.batch->positions[static_cast<size_t>(row)], segment.end));
+      const auto at = static_cast<size_t>(row);
+      const int64_t block_end = ctx.batch->block_ends.empty() ? 0 : ctx.batch->block_ends[at];
+      ranges.push_back(VisibleKeys(spec_, segment.cache->start(), ctx.batch->positions[at],
+                                   segment.end, block_end));
       if (spec_.behind_cache) {
         ranges.back().begin =
             std::max(ranges.back().begin, segment.cache->FirstPosition(ctx.layer));

@@ -428,7 +428,7 @@ void AdaptEmbedding(AdaptedModule module, int64_t column, float factor, const Pa
               for (const WeightedAdapter& one : *mixes[static_cast<size_t>(row)]) {
                 const LoraDelta* delta = one.adapter->Find(module, ctx.LayerOf(module));
                 if (delta == nullptr) continue;
-                AdaptRow(*delta, ctx.batch->ids[static_cast<size_t>(row)], column, factor,
+                AdaptRow(*delta, ctx.batch->table_ids()[static_cast<size_t>(row)], column, factor,
                          one.weight, low.data(), change.data(), dst.RowRange(row, 1));
               }
             }

@@ -34,6 +34,14 @@ Status CheckIds(const TextConfig& config, const std::vector<int32_t>& ids) {
   return absl::OkStatus();
 }
 
+// Rows of embeddings at which soft tokens stand become these.
+void MergeSoftTokens(const Batch& batch, Matrix embed) {
+  for (size_t row = 0; row < batch.soft_tokens.size(); ++row) {
+    if (batch.soft_tokens[row] == nullptr) continue;
+    std::copy_n(batch.soft_tokens[row], embed.cols, embed.row(static_cast<int64_t>(row)));
+  }
+}
+
 // Marks this thread as the one that runs a pass, until the pass ends or throws (std::bad_alloc).
 class Driving {
  public:
@@ -260,8 +268,9 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
   Matrix resid = arena_.NewMatrix(ctx.rows(), config_.hidden_size);
   const TensorView& table =
       merged_.Of(AdaptedModule::kEmbedTokens, -1, embed_tokens_);  // the head has its own
-  GatherRows(table, request.batch.ids.data(), 0, embed_scale_, resid);
+  GatherRows(table, request.batch.table_ids().data(), 0, embed_scale_, resid);
   AdaptEmbedding(AdaptedModule::kEmbedTokens, 0, embed_scale_, ctx, resid);
+  MergeSoftTokens(request.batch, resid);
   if (request.first_layer == 0) ctx.Visit(HookPoint::kEmbed, resid);
   const int64_t width = config_.hidden_size_per_layer_input;
   const Matrix embed = resid.rows > 0 && width > 0 && plan.first_reduced < plan.end
@@ -375,7 +384,7 @@ Status TextModel::PerLayerInputs(ConstMatrix embed, std::span<const InputLayers>
   }
   visit(HookPoint::kPerLayerContext, inputs);
   const Matrix token = ctx.arena->NewMatrix(embed.rows, inputs.cols);
-  GL_RETURN_IF_ERROR(embed_tokens_per_layer_.Gather(ctx.batch->ids.data(), first * width,
+  GL_RETURN_IF_ERROR(embed_tokens_per_layer_.Gather(ctx.batch->table_ids().data(), first * width,
                                                     per_layer_scale_, token));
   AdaptEmbedding(AdaptedModule::kEmbedTokensPerLayer, first * width, per_layer_scale_, ctx, token);
   visit(HookPoint::kPerLayerToken, token);

@@ -51,6 +51,41 @@ inline std::string OfLayer(int index, const char* name) {
   return absl::StrCat("layers.", index, ".", name);
 }
 
+// Of the vision encoder, after the optional "model.": matrices have bounds beside them where they clip.
+namespace vision {
+
+inline constexpr char kInputProj[] = "vision_tower.patch_embedder.input_proj.weight";  // [h, 3·p²]
+inline constexpr char kPositions[] =
+    "vision_tower.patch_embedder.position_embedding_table";    // [2, positions, h]: x, then y
+inline constexpr char kStdBias[] = "vision_tower.std_bias";    // [h]
+inline constexpr char kStdScale[] = "vision_tower.std_scale";  // [h]
+inline constexpr char kProjection[] = "embed_vision.embedding_projection.weight";  // [D, h]
+
+// Of the encoder-free embedder:
+inline constexpr char kPatchNorm[] = "vision_embedder.patch_ln1";  // .weight, .bias [3·p²]
+inline constexpr char kPatchDense[] =
+    "vision_embedder.patch_dense";                                 // .weight [h, 3·p²], .bias [h]
+inline constexpr char kDenseNorm[] = "vision_embedder.patch_ln2";  // .weight, .bias [h]
+inline constexpr char kPatchPositions[] = "vision_embedder.pos_embedding";  // [positions, 2, h]
+inline constexpr char kPositionNorm[] = "vision_embedder.pos_norm";         // .weight, .bias [h]
+
+// A layer's tensor by the decoder's name for it; the encoder's matrices stand in a `linear`.
+inline std::string OfLayer(int index, const char* name) {
+  return absl::StrCat("vision_tower.encoder.layers.", index, ".", name);
+}
+
+}  // namespace vision
+
+// The matrix and the bounds of a clipped linear, by the decoder's name for the matrix ("….weight").
+struct Clipped {
+  std::string weight, input_min, input_max, output_min, output_max;
+};
+inline Clipped OfClipped(const std::string& matrix) {
+  const std::string stem = matrix.substr(0, matrix.rfind(".weight"));
+  return {stem + ".linear.weight", stem + ".input_min", stem + ".input_max", stem + ".output_min",
+          stem + ".output_max"};
+}
+
 }  // namespace gemloupe::names
 
 #endif  // GEMLOUPE_MODELS_WEIGHT_NAMES_H_

@@ -49,4 +49,20 @@ void ApplyRope(const RopeAngles& angles, int64_t head_dim, Matrix x) {
           });
 }
 
+void ApplyAxialRope(const RopeAngles& columns, const RopeAngles& rows, int64_t head_dim, Matrix x) {
+  GL_CHECK(x.rows == columns.cos.rows && x.cols % head_dim == 0 && head_dim % 4 == 0);
+  const int64_t pairs = head_dim / 4;
+  GL_CHECK(columns.cos.cols == pairs && rows.cos.cols == pairs);
+  ForRows(
+      x.rows, 2 * x.cols * static_cast<int64_t>(sizeof(float)), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          for (int64_t column = 0; column < x.cols; column += head_dim) {
+            float* head = x.row(row) + column;
+            Kernels().rope(head, columns.cos.row(row), columns.sin.row(row), pairs, pairs);
+            Kernels().rope(head + 2 * pairs, rows.cos.row(row), rows.sin.row(row), pairs, pairs);
+          }
+        }
+      });
+}
+
 }  // namespace gemloupe

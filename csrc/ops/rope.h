@@ -38,6 +38,10 @@ RopeAngles ComputeRopeAngles(const std::vector<float>& inv_freq,
 // Rotates the heads of x [T, N · head_dim] in place.
 void ApplyRope(const RopeAngles& angles, int64_t head_dim, Matrix x);
 
+// Rotates the first half of every head of x [T, N · head_dim] by `columns`, the second by `rows`: the
+// angles [T, head_dim / 4] of a patch's place in its image.
+void ApplyAxialRope(const RopeAngles& columns, const RopeAngles& rows, int64_t head_dim, Matrix x);
+
 }  // namespace gemloupe
 
 #endif  // GEMLOUPE_OPS_ROPE_H_

@@ -1,5 +1,7 @@
 #include "ops/rows.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "base/status.h"
@@ -20,6 +22,34 @@ void RmsNorm(ConstMatrix src, const float* weight, int64_t width, float eps, Mat
       for (int64_t column = 0; column < src.cols; column += width) {
         Kernels().rms_norm(dst.row(row) + column, src.row(row) + column, weight, width, eps);
       }
+    }
+  });
+}
+
+void LayerNorm(ConstMatrix src, const float* weight, const float* bias, float eps, Matrix dst) {
+  ForRows(src.rows, 4 * RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* x = src.row(row);
+      float* out = dst.row(row);
+      double sum = 0.0;
+      for (int64_t i = 0; i < src.cols; ++i) sum += x[i];
+      const double mean = sum / static_cast<double>(src.cols);
+      double squares = 0.0;
+      for (int64_t i = 0; i < src.cols; ++i) squares += (x[i] - mean) * (x[i] - mean);
+      const double variance = squares / static_cast<double>(src.cols);
+      const auto scale = static_cast<float>(1.0 / std::sqrt(variance + static_cast<double>(eps)));
+      const auto shift = static_cast<float>(mean);
+      for (int64_t i = 0; i < src.cols; ++i) out[i] = (x[i] - shift) * scale * weight[i] + bias[i];
+    }
+  });
+}
+
+void Clamp(ConstMatrix src, float low, float high, Matrix dst) {
+  ForRows(dst.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* x = src.row(row);
+      float* out = dst.row(row);
+      for (int64_t i = 0; i < src.cols; ++i) out[i] = std::min(std::max(x[i], low), high);
     }
   });
 }

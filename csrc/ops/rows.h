@@ -13,12 +13,18 @@ namespace gemloupe {
 // heads). weight [width], or null: without it. dst may be src.
 void RmsNorm(ConstMatrix src, const float* weight, int64_t width, float eps, Matrix dst);
 
+// dst = (src − mean) · (variance + eps)^-½ · weight + bias over whole rows; weight and bias [cols].
+void LayerNorm(ConstMatrix src, const float* weight, const float* bias, float eps, Matrix dst);
+
 // dst = gelu_tanh(gate) · up, all [T, F].
 void GeluMul(ConstMatrix gate, ConstMatrix up, Matrix dst);
 
 // dst = a + b; dst = src · factor; dst = a · b.
 void Add(ConstMatrix a, ConstMatrix b, Matrix dst);
 void Scale(ConstMatrix src, float factor, Matrix dst);
+
+// dst = src clamped to [low, high].
+void Clamp(ConstMatrix src, float low, float high, Matrix dst);
 
 // x = cap · tanh(x / cap).
 void Softcap(float cap, Matrix x);

@@ -89,7 +89,12 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
   const auto count = static_cast<int64_t>(request.ids.size());
   KvCache& cache = *request.cache;
   GL_ASSIGN_OR_RETURN(const KvLease lease, KvLease::Take(request.cache));
-  GL_RETURN_IF_ERROR(CheckRoom(model, cache, count, request.chunk));
+  const MediaInput* media = request.media.get();
+  if (media != nullptr) {
+    GL_RETURN_IF_ERROR(media->Check(count, model.config().hidden_size, model.config().vocab_size));
+  }
+  const int64_t most = media == nullptr ? request.chunk : media->LongestChunk(request.chunk);
+  GL_RETURN_IF_ERROR(CheckRoom(model, cache, count, most));
   const bool bidirectional = model.config().bidirectional == "all";
   // A pass that sees later positions can't be cut.
   const int64_t chunk = bidirectional ? count : std::max<int64_t>(1, request.chunk);
@@ -98,10 +103,13 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
   logits.clear();
   logits.reserve(static_cast<size_t>((request.logits_end - request.logits_begin) * vocab));
   std::vector<float> chunk_logits;
-  for (int64_t begin = 0; begin < count; begin += chunk) {
-    const int64_t end = std::min(count, begin + chunk);
+  int64_t end = 0;
+  for (int64_t begin = 0; begin < count; begin = end) {
+    end = std::min(count, begin + chunk);
+    if (media != nullptr) end = media->ChunkEnd(begin, end);
     PassRequest pass;
     pass.batch.Append(&cache, request.ids.data() + begin, end - begin);
+    if (media != nullptr) pass.batch.SetMedia(*media, begin);
     for (int64_t row = std::max(begin, request.logits_begin);
          row < std::min(end, request.logits_end); ++row) {
       pass.logits_rows.push_back(row - begin);

@@ -24,6 +24,7 @@ struct RunRequest {
   int64_t logits_end = 0;
   Hooks* hooks = nullptr;
   AdapterMix adapters;
+  std::shared_ptr<const MediaInput> media;  // of ids; null: words only
   // As in PassRequest; resid_pre [ids, D].
   int first_layer = 0;
   ConstMatrix resid_pre;

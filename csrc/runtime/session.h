@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "models/drafter.h"
 #include "models/text_model.h"
 #include "runtime/run.h"
 #include "runtime/sampler.h"
@@ -28,9 +29,21 @@ struct RowRequest {
   int logprobs = -1;  // most likely tokens to report beside each chosen one; −1: no logprobs
   int prompt_logprobs = -1;  // the same for the prompt's tokens
   std::optional<float> softcap;
-  std::shared_ptr<Hooks> hooks;     // null: nobody looks
-  std::shared_ptr<TokenMask> mask;  // asked before every token; null: any id
+  std::shared_ptr<Hooks> hooks;             // null: nobody looks
+  std::shared_ptr<TokenMask> mask;          // asked before every token; null: any id
+  std::shared_ptr<const MediaInput> media;  // of the ids; null: words only
   AdapterMix adapters;
+  // Guesses tokens that a pass then checks together; null: none. The tokens are those that the row would
+  // choose without. Rows with hooks or a mask, and more than half a pass of rows, go without guesses.
+  std::shared_ptr<Drafter> drafter;
+  int64_t draft_tokens = 4;  // the most of a pass
+};
+
+// What became of a row's guesses.
+struct DraftCounts {
+  int64_t passes = 0;  // that checked guesses
+  int64_t drafted = 0;
+  int64_t accepted = 0;
 };
 
 // What one step did to one row.
@@ -63,6 +76,7 @@ class Session {
   Status Rollback(int row);
   // Rows that are not finished.
   int active() const;
+  StatusOr<DraftCounts> Drafts(int row) const;
   // The cache of a row, finished or not.
   StatusOr<std::shared_ptr<KvCache>> Cache(int row) const;
 
@@ -78,12 +92,17 @@ class Session {
     int32_t last_token = -1;  // chosen, not yet in the cache
     std::vector<TokenLogprobs> prompt_logprobs;
     bool done = false;
+    std::vector<float> hidden;     // [D] after the final norm, of which last_token was chosen
+    DraftCounts drafts;
+    double acceptance = 0.7;       // of a guess, as lately seen
   };
 
   Status CheckRow(int row) const;
   StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
                                            const std::function<bool()>& stopped);
+  static void CountDrafts(int64_t drafted, int64_t accepted, Row& row);
+  StatusOr<std::vector<std::vector<int32_t>>> Draft(const std::vector<int>& rows);
   StatusOr<StepResult> Choose(int row, float* logits, const std::function<bool()>& stopped);
 
   std::shared_ptr<TextModel> model_;
@@ -92,7 +111,9 @@ class Session {
   mutable std::recursive_mutex mutex_;
   std::vector<std::unique_ptr<Row>> rows_;
   size_t next_decode_ = 0;  // where the next group of decoding rows begins
+  bool decode_next_ = false;  // a prompt's chunk was the last pass: who decodes is not kept waiting
   std::vector<float> logits_;
+  std::vector<float> final_norm_;
 };
 
 }  // namespace gemloupe

@@ -152,6 +152,46 @@ class TextModelOptions:
     kv_dtype: str
     def __init__(self) -> None: ...
 
+class MediaInput:
+    def __init__(
+        self,
+        rows: Sequence[int],
+        soft_tokens: np.ndarray,
+        padding_id: int,
+        blocks: Sequence[tuple[int, int]],
+    ) -> None: ...
+
+class VisionConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    patch_size: int
+    pooling_kernel_size: int
+    position_embedding_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    use_clipped_linears: bool
+    standardize: bool
+    mm_embed_dim: int
+    mm_posemb_size: int
+    text_hidden_size: int
+    def __init__(self) -> None: ...
+
+class VisionOptions:
+    bfloat16_matmul: bool
+    invariant: bool
+    threads: int
+    def __init__(self) -> None: ...
+
+class VisionModel:
+    def __init__(self, config: VisionConfig, weights: Weights, options: VisionOptions) -> None: ...
+    def encode(
+        self, patches: np.ndarray, columns: int, hooks: Hooks | None = ..., first_row: int = ...
+    ) -> np.ndarray: ...
+
 class TextModel:
     def __init__(
         self,
@@ -182,6 +222,7 @@ class TextModel:
         first_layer: int = ...,
         resid_pre: np.ndarray | None = ...,
         adapters: Sequence[tuple[Adapter, float]] = ...,
+        media: MediaInput | None = ...,
     ) -> np.ndarray | None: ...
     def unembed(
         self, x: np.ndarray, norm: bool, softcap: float | None, vocab: Sequence[int]
@@ -266,6 +307,7 @@ class RowRequest:
     hooks: Hooks | None
     mask: TokenMask | None
     adapters: Sequence[tuple[Adapter, float]]
+    media: MediaInput | None
     def __init__(self) -> None: ...
 
 class TokenMask:
@@ -335,6 +377,7 @@ def kv_bytes_needed(
     separate_keys: bool = False,
 ) -> int: ...
 def hook_points() -> list[tuple[str, bool, str, bool, str, str]]: ...
+def vision_hook_points() -> list[tuple[int, str, bool, str, bool, str]]: ...
 def function_edit(
     function: Callable[[np.ndarray, np.ndarray, bool, int], np.ndarray], tail: Sequence[int]
 ) -> Edit: ...

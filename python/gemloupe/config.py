@@ -120,7 +120,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     Both on-disk styles are accepted: the published one (`global_head_dim`,
     `num_global_key_value_heads`) and that of transformers 5.23 (`per_layer_config`).
     """
-    top = _Fields(where, raw)
+    top = Fields(where, raw)
     model_type = _model_type(top)
     _refuse_quantised(top)
     nested = model_type in _TEXT_MODEL_TYPE
@@ -166,7 +166,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
 _MISSING = object()
 
 
-class _Fields:
+class Fields:
     """One JSON object of a config, read field by field with checks."""
 
     def __init__(self, where: str, values: Mapping[str, Any], path: str = "") -> None:
@@ -178,11 +178,11 @@ class _Fields:
         got = _json_text(self.values[name]) if name in self.values else "missing"
         raise ValueError(f"{self.where}: {self.path}{name} is {got}; expected {expected}. {advice}")
 
-    def section(self, name: str) -> _Fields:
+    def section(self, name: str) -> Fields:
         value = self.values.get(name)
         if not isinstance(value, dict):
             self.refuse(name, "an object")
-        return _Fields(self.where, value, f"{self.path}{name}.")
+        return Fields(self.where, value, f"{self.path}{name}.")
 
     def integer(self, name: str, default: object = _MISSING, *, low: int = 1, high: int) -> int:
         value = self.values.get(name, default)
@@ -239,11 +239,11 @@ def _first_of(first: int | None, second: int | None) -> int | None:
     return second if first is None else first
 
 
-def _first_id(top: _Fields, text: _Fields, name: str) -> int | None:
+def _first_id(top: Fields, text: Fields, name: str) -> int | None:
     return _first_of(top.token_id(name), text.token_id(name))
 
 
-def _model_type(top: _Fields) -> str:
+def _model_type(top: Fields) -> str:
     model_type = top.values.get("model_type")
     if isinstance(model_type, str) and model_type in _MODEL_TYPES:
         return model_type
@@ -266,7 +266,7 @@ def _model_type(top: _Fields) -> str:
     top.refuse("model_type", one_of(_MODEL_TYPES), advice)
 
 
-def _refuse_quantised(fields: _Fields) -> None:
+def _refuse_quantised(fields: Fields) -> None:
     """Lets only formats pass that `compressed_tensors` reads, at the top of the file."""
     for name in ("quantization_config", "compression_config"):
         value = fields.values.get(name)
@@ -276,7 +276,7 @@ def _refuse_quantised(fields: _Fields) -> None:
                 fields.refuse(name, "none here, but quantization_config at the top of the file")
 
 
-def _text_config(text: _Fields, *, unified: bool) -> TextConfig:
+def _text_config(text: Fields, *, unified: bool) -> TextConfig:
     """`unified`: the defaults of Gemma 4 Unified, which has no per-layer input and no experts."""
     activation = text.values.get("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
@@ -336,7 +336,7 @@ def _text_config(text: _Fields, *, unified: bool) -> TextConfig:
 
 
 def _layers(
-    text: _Fields, num_layers: int, num_heads: int, window: int, *, has_experts: bool
+    text: Fields, num_layers: int, num_heads: int, window: int, *, has_experts: bool
 ) -> tuple[LayerConfig, ...]:
     types = _layer_types(text, num_layers)
     sizes = _head_sizes(text, types, num_heads)
@@ -368,7 +368,7 @@ def _layers(
     return tuple(layers)
 
 
-def _layer_types(text: _Fields, num_layers: int) -> list[str]:
+def _layer_types(text: Fields, num_layers: int) -> list[str]:
     types = text.values.get("layer_types")
     if types is None:
         types = [
@@ -397,7 +397,7 @@ def _layer_types(text: _Fields, num_layers: int) -> list[str]:
     return cast("list[str]", types)
 
 
-def _head_sizes(text: _Fields, types: list[str], num_heads: int) -> list[tuple[int, int]]:
+def _head_sizes(text: Fields, types: list[str], num_heads: int) -> list[tuple[int, int]]:
     """Returns (head_dim, num_kv_heads) of every layer."""
     overrides = _layer_overrides(text, types)
     shared = {
@@ -407,8 +407,8 @@ def _head_sizes(text: _Fields, types: list[str], num_heads: int) -> list[tuple[i
     }
     sizes = []
     for index in range(len(types)):
-        override = overrides.get(index, _Fields(text.where, {}))
-        layer = _Fields(text.where, {**shared, **override.values}, override.path or text.path)
+        override = overrides.get(index, Fields(text.where, {}))
+        layer = Fields(text.where, {**shared, **override.values}, override.path or text.path)
         head_dim = layer.integer("head_dim", 256, low=2, high=_MAX_HEAD_DIM)
         if head_dim % 2:
             layer.refuse("head_dim", "an even number, because rotary embedding turns pairs")
@@ -430,7 +430,7 @@ def _head_sizes(text: _Fields, types: list[str], num_heads: int) -> list[tuple[i
     return sizes
 
 
-def _layer_overrides(text: _Fields, types: list[str]) -> dict[int, _Fields]:
+def _layer_overrides(text: Fields, types: list[str]) -> dict[int, Fields]:
     """Returns what differs from the common head sizes, by layer, in either on-disk style."""
     if "per_layer_config" not in text.values:
         full: dict[str, Any] = {"head_dim": 512}
@@ -441,12 +441,12 @@ def _layer_overrides(text: _Fields, types: list[str]) -> dict[int, _Fields]:
             full["num_key_value_heads"] = text.integer(
                 "num_global_key_value_heads", high=_MAX_HEADS
             )
-        fields = _Fields(text.where, full, f"{text.path}(full attention) ")
+        fields = Fields(text.where, full, f"{text.path}(full attention) ")
         return {i: fields for i, kind in enumerate(types) if kind == "full_attention"}
     if text.values["per_layer_config"] is None:
         return {}
     section = text.section("per_layer_config")
-    overrides: dict[int, _Fields] = {}
+    overrides: dict[int, Fields] = {}
     for key in section.values:
         index = int(key) if key.isascii() and key.isdigit() and len(key) <= 6 else -1
         if not 0 <= index < len(types) or index in overrides:
@@ -462,7 +462,7 @@ def _layer_overrides(text: _Fields, types: list[str]) -> dict[int, _Fields]:
     return overrides
 
 
-def _kv_sources(text: _Fields, types: list[str]) -> list[int]:
+def _kv_sources(text: Fields, types: list[str]) -> list[int]:
     """Returns for every layer the layer whose keys and values it reads.
 
     The last `num_kv_shared_layers` read those of the last layer of their own type before them.
@@ -486,7 +486,7 @@ def _kv_sources(text: _Fields, types: list[str]) -> list[int]:
     return sources
 
 
-def _rope(text: _Fields, layer_type: str, head_dim: int) -> tuple[float, int, float]:
+def _rope(text: Fields, layer_type: str, head_dim: int) -> tuple[float, int, float]:
     """Returns (theta, rotating pairs, factor) of a layer type."""
     if text.values.get("rope_parameters") is None:
         if layer_type == "full_attention":

@@ -19,6 +19,7 @@ from gemloupe import routing as _routing
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.guide import AnswerForm, RowGuide, ThoughtBudget, answer_ends
+from gemloupe.media import Reader, engine_input
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch, prepare
@@ -52,6 +53,8 @@ class GenerationModel(Protocol):
     def config(self) -> ModelConfig: ...
     @property
     def generation_config(self) -> Mapping[str, Any]: ...
+    @property
+    def media_reader(self) -> Reader: ...
     def new_session(self) -> Any:
         """Returns a `_core.Session` on the model's weights."""
 
@@ -96,6 +99,7 @@ def generate(
     images: Any = None,
     audio: Any = None,
     videos: Any = None,
+    max_soft_tokens: Any = None,
     drafter: Any = None,
     bos: bool | str = "auto",
     check_finite: bool = False,
@@ -144,6 +148,8 @@ def generate(
         images=images,
         audio=audio,
         videos=videos,
+        max_soft_tokens=max_soft_tokens,
+        reader=model.media_reader,
     )
     prompts = prepared if isinstance(prepared, list) else [prepared]
     arguments = {
@@ -495,6 +501,7 @@ class Generation:
         request.softcap = self._softcap
         request.mask = row.guide.mask if row.guide else None
         request.hooks = row.hooks.core if row.hooks else None
+        request.media = engine_input(row.prompt.media, self._model.config)
         return request
 
     @property

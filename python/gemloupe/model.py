@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemloupe import _core, cache_file, generation, recipe, routing, sizes
+from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.arrays import as_float32
@@ -19,6 +19,9 @@ from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
+from gemloupe.media import Reader, SoftTokens
+from gemloupe.media.images import DEFAULT_BUDGET
+from gemloupe.media.vision import Vision
 from gemloupe.output import Output
 from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
@@ -26,6 +29,7 @@ from gemloupe.safetensors_header import TensorInfo
 from gemloupe.stream import Stream
 from gemloupe.table import facts_html
 from gemloupe.tokenizer import Tokenizer
+from gemloupe.vision_config import read_vision_config
 from gemloupe.weights import Weights
 
 KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "int8")
@@ -100,7 +104,7 @@ def load(
     weights.set_resident(residency == "resident")
     with _load_bar(checkpoint, targets, residency) as bar:
         core = _core.TextModel(core_config(checkpoint.config.text), weights, options, bar.show)
-    return Model(core, checkpoint, preset, kv_dtype)
+    return Model(core, checkpoint, preset, kv_dtype, options)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -265,12 +269,18 @@ class Model:
     """A Gemma 4 model, made by `load`. Threads may share one: their passes take turns."""
 
     def __init__(
-        self, core: _core.TextModel, checkpoint: Checkpoint, dtype: str, kv_dtype: str
+        self,
+        core: _core.TextModel,
+        checkpoint: Checkpoint,
+        dtype: str,
+        kv_dtype: str,
+        options: _core.TextModelOptions,
     ) -> None:
         self.core = core
         self.checkpoint = checkpoint
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         self.kv_dtype = kv_dtype
+        self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
 
     @property
@@ -313,6 +323,7 @@ class Model:
         images: Any = None,
         audio: Any = None,
         videos: Any = None,
+        max_soft_tokens: int | Sequence[int | None] | None = None,
         tools: Sequence[Any] | None = None,
         thinking: bool = False,
         bos: bool | str = "auto",
@@ -321,6 +332,14 @@ class Model:
 
         A str is raw text (one BOS, no template), a list of dicts one chat (template), a list of
         ints or a 1-D array ids, taken as given. `bos=False` begins with none.
+
+        `images`, `audio`, `videos`: one, or a list in the order of the placeholders (<|image|>,
+        <|audio|>, <|video|>) in the text, or of the messages' parts ({"type": "image"}; a part may
+        bring its own: {"type": "image", "image": …}). Soft tokens [n, D] may stand for an image or
+        a sound. Ids hold runs of n placeholder ids already. In a batch, a list of one entry a row.
+        ValueError naming both counts where they differ. `max_soft_tokens`: 70, 140, 280 (where
+        None), 560 or 1120, of every image, or a list of one number an image of `images`; a part
+        may say its own.
         """
         return prepare(
             x,
@@ -332,6 +351,8 @@ class Model:
             images=images,
             audio=audio,
             videos=videos,
+            max_soft_tokens=max_soft_tokens,
+            reader=self.media_reader,
         )
 
     def run(self, x: Any, **arguments: Any) -> Any:
@@ -356,8 +377,8 @@ class Model:
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
         softcap: "config", a number, or None for uncapped logits.
-        thinking, bos: as in `prepare`.
-        chunk: tokens of one pass; 512 by default.
+        thinking, bos, images, audio, videos, max_soft_tokens: as in `prepare`.
+        chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
         """
         return _run.run(self, x, **arguments)
 
@@ -502,6 +523,44 @@ class Model:
             ("cache", self.kv_dtype),
             ("runs on", f"{self.threads} threads, {_core.isa()}"),
         ]
+
+    @functools.cached_property
+    def media_reader(self) -> Reader:
+        """Reads images, sounds and videos for this model's prompts."""
+        readers = {} if self.vision is None else {"image": self.vision.read}
+        return Reader(self.config.text.hidden_size, readers)
+
+    @functools.cached_property
+    def vision(self) -> Vision | None:
+        """What reads images; None where the checkpoint has no vision part."""
+        where = f"{self.checkpoint.folder}: config.json"
+        config = read_vision_config(self.config.raw, self.config.text.hidden_size, where)
+        if config is None or not towers.has_vision(self.checkpoint):
+            return None
+        return Vision(config, self._load_vision)
+
+    def _load_vision(self, config: _core.VisionConfig) -> _core.VisionModel:
+        options = _core.VisionOptions()
+        options.bfloat16_matmul = self._options.bfloat16_matmul
+        options.invariant = self._options.invariant
+        options.threads = self._options.threads
+        weights = towers.weights(self.checkpoint, towers.VISION)
+        return _core.VisionModel(config, weights, options)
+
+    def encode_image(self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET) -> SoftTokens:
+        """Soft tokens float32 [n, D] of an image, as the text model reads them.
+
+        `image`: a path, bytes of a file, a data URL, a PIL image, or an array uint8 [H, W, 3].
+        `max_soft_tokens`: 70, 140, 280, 560 or 1120; n is what its shape fills of them. Prompts
+        take the result in place of the image. ValueError for what is no image, and where the model
+        reads none; ImportError without Pillow (`pip install gemloupe[media]`).
+        """
+        if self.vision is None:
+            raise ValueError(
+                f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
+                "checkpoint: load the folder or hub id of the whole model"
+            )
+        return self.vision.encode_image(image, max_soft_tokens)
 
     # What gemloupe.generation asks of a model.
 

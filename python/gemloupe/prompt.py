@@ -13,6 +13,8 @@ import numpy as np
 
 from gemloupe.chat_template import check_messages
 from gemloupe.errors import did_you_mean, one_of, quoted
+from gemloupe.media import Medium, Reader
+from gemloupe.media import placing as _placing
 from gemloupe.tokenizer import StreamDecoder, Tokenizer
 from gemloupe.tools import Tool, parse_tools
 
@@ -37,8 +39,8 @@ class Prompt:
     tokenizer: Tokenizer = field(repr=False)
     config: ModelConfig | None = field(default=None, repr=False)
     thinking: bool = False
-    media: tuple[Any, ...] = ()
-    """Images, clips and videos in order; always empty in this version."""
+    media: tuple[Medium, ...] = ()
+    """Images, sounds and videos in order of position."""
     messages: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
     """The chat that the ids come from; empty for text and ids."""
     tools: tuple[Tool, ...] = field(default=(), repr=False)
@@ -146,8 +148,7 @@ def find_positions(
             + did_you_mean(kind, KINDS)
         )
     if kind in _MEDIA:
-        token = getattr(config, f"{kind}_token_id", None)
-        blocks = [] if token is None else _runs(np.flatnonzero(np.asarray(ids) == token))
+        blocks = _placing.runs_of(ids, getattr(config, f"{kind}_token_id", None))
     elif kind == "thought":
         blocks = _channel_blocks(ids, tokenizer)
     elif kind == "tool":
@@ -166,12 +167,6 @@ def _pick(blocks: list[np.ndarray], index: int | None, what: str) -> np.ndarray:
             "count from 0, or from -1 backwards"
         )
     return blocks[index]
-
-
-def _runs(positions: np.ndarray) -> list[np.ndarray]:
-    if not len(positions):
-        return []
-    return np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
 
 
 def _between(ids: np.ndarray, open_id: int | None, close_id: int | None) -> list[np.ndarray]:
@@ -221,26 +216,46 @@ def prepare(
     images: Any = None,
     audio: Any = None,
     videos: Any = None,
+    max_soft_tokens: Any = None,
+    reader: Reader | None = None,
 ) -> Prompt | list[Prompt]:
     """Turns `x` into a `Prompt`, or a batch into a list of them.
 
     A str is raw text, a list of dicts one chat, a list of ints or a 1-D integer array ids (taken as
     given); a `Prompt` passes through; a list of these is a batch. `bos="auto"` begins text and
     chats with exactly one BOS, False (used when a cache is continued) with none.
+
+    `images`, `audio`, `videos`: one, or a list in the order of their placeholders (<|image|>, …) or
+    message parts ({"type": "image"}, …; a part may bring its own: {"type": "image", "image": …}).
+    Ids must hold their runs of soft tokens already. In a batch, a list with one entry a row.
+    `max_soft_tokens`: of every image, or a list of one number an image. `reader` reads them.
     """
-    for name, value in (("images", images), ("audio", audio), ("videos", videos)):
-        if value is not None:
+    given = {"images": images, "audio": audio, "videos": videos}
+    if not is_batch(x) or isinstance(max_soft_tokens, (list, tuple)):
+        given["max_soft_tokens"] = max_soft_tokens
+    arguments = _Arguments(tokenizer, config, bool(thinking), parse_tools(tools), bos, reader)
+    if not is_batch(x):
+        return _prepare_row(x, arguments, given, "x")
+    rows = list(x)
+    if not rows:
+        raise ValueError("the batch is empty; pass at least one prompt")
+    for name, value in given.items():
+        is_list = isinstance(value, (list, tuple))
+        if value is not None and not (is_list and len(value) == len(rows)):
+            got = f"{len(value)} entries" if is_list else f"a {type(value).__name__}"
             raise ValueError(
-                f"{name}= is not in this version, which reads text only; leave it out and "
-                "describe the content in words"
+                f"{name}= is {got}, but the batch has {len(rows)} prompts; expected a list with "
+                "one entry a prompt, None where it has none"
             )
-    arguments = _Arguments(tokenizer, config, bool(thinking), parse_tools(tools), bos)
-    if is_batch(x):
-        rows = list(x)
-        if not rows:
-            raise ValueError("the batch is empty; pass at least one prompt")
-        return [_prepare_row(row, arguments, f"x[{i}]") for i, row in enumerate(rows)]
-    return _prepare_row(x, arguments, "x")
+    budget = {} if "max_soft_tokens" in given else {"max_soft_tokens": max_soft_tokens}
+    return [
+        _prepare_row(row, arguments, _entry(given, i) | budget, f"x[{i}]")
+        for i, row in enumerate(rows)
+    ]
+
+
+def _entry(given: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {name: None if value is None else value[index] for name, value in given.items()}
 
 
 def is_batch(x: Any) -> bool:
@@ -264,14 +279,18 @@ class _Arguments:
     thinking: bool
     tools: list[Tool] | None
     bos: bool | str
+    reader: Reader | None
 
 
-def _prepare_row(x: Any, arguments: _Arguments, name: str) -> Prompt:
-    if isinstance(x, Prompt):
-        return x
+def _prepare_row(x: Any, arguments: _Arguments, media: Mapping[str, Any], name: str) -> Prompt:
     tokenizer = arguments.tokenizer
+    given = _placing.Given(arguments.reader, media)
+    if isinstance(x, Prompt):
+        if given:
+            raise ValueError(f"{name} is prepared already; give its images to model.prepare")
+        return x
     if isinstance(x, (list, tuple)) and x and isinstance(x[0], Mapping):
-        return _prepare_chat(x, arguments, name)
+        return _prepare_chat(x, arguments, given, name)
     if arguments.thinking or arguments.tools:
         option = "thinking=True" if arguments.thinking else "tools="
         raise ValueError(
@@ -280,36 +299,30 @@ def _prepare_row(x: Any, arguments: _Arguments, name: str) -> Prompt:
         )
     if isinstance(x, str):
         _warn_raw_text(tokenizer)
-        ids = tokenizer.encode(x, bos=arguments.bos)
-        return _prompt(ids, "text", arguments, f"{name} ({quoted(x)})")
+        contents = given.contents()
+        text = _placing.expanded(x, contents, arguments.config, tokenizer)
+        ids = tokenizer.encode(text, bos=arguments.bos)
+        return _prompt(ids, "text", arguments, f"{name} ({quoted(x)})", contents)
     if isinstance(x, Mapping):
         raise TypeError(f"{name} is one message; a chat is a list of messages: pass [{name}]")
-    return _prompt(_as_ids(x, name), "ids", arguments, name)
+    return _prompt(_as_ids(x, name), "ids", arguments, name, given.contents())
 
 
-def _prepare_chat(messages: Sequence[Any], arguments: _Arguments, name: str) -> Prompt:
+def _prepare_chat(
+    messages: Sequence[Any], arguments: _Arguments, given: _placing.Given, name: str
+) -> Prompt:
     check_messages(messages)
-    _refuse_media(messages)
+    contents = given.contents(messages)
     tokenizer = arguments.tokenizer
     tools = arguments.tools
     schemas = None if tools is None else [tool.schema for tool in tools]
     text = tokenizer.chat_template.render(messages, tools=schemas, thinking=arguments.thinking)
+    text = _placing.expanded(text, contents, arguments.config, tokenizer)
     ids = tokenizer.encode(text, bos=arguments.bos)
     if arguments.bos is False:
         ids = tokenizer.without_bos(ids)
-    prompt = _prompt(ids, "chat", arguments, name)
+    prompt = _prompt(ids, "chat", arguments, name, contents)
     return dataclasses.replace(prompt, messages=tuple(messages), tools=tuple(tools or ()))
-
-
-def _refuse_media(messages: Sequence[Mapping[str, Any]]) -> None:
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        for part in content if isinstance(content, (list, tuple)) else ():
-            if part["type"] != "text":
-                raise ValueError(
-                    f"messages[{index}] has a part of type {quoted(part['type'])}, which is not in "
-                    'this version; it reads text only: keep the parts of type "text"'
-                )
 
 
 def _is_array_like(x: Any) -> bool:
@@ -340,7 +353,9 @@ def _as_ids(x: Any, name: str) -> np.ndarray:
     return array
 
 
-def _prompt(ids: Any, form: str, arguments: _Arguments, name: str) -> Prompt:
+def _prompt(
+    ids: Any, form: str, arguments: _Arguments, name: str, contents: _placing.Contents
+) -> Prompt:
     array = np.asarray(ids)
     if not array.size:
         raise ValueError(f"{name} is empty; pass at least one token")
@@ -358,7 +373,8 @@ def _prompt(ids: Any, form: str, arguments: _Arguments, name: str) -> Prompt:
     array = array.astype(np.int32)
     array.setflags(write=False)
     thinking = arguments.thinking and form == "chat"
-    return Prompt(array, form, arguments.tokenizer, arguments.config, thinking)
+    media = _placing.placed(array, contents, arguments.config)
+    return Prompt(array, form, arguments.tokenizer, arguments.config, thinking, media)
 
 
 def _warn_raw_text(tokenizer: Tokenizer) -> None:

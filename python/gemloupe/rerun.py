@@ -11,6 +11,7 @@ import numpy as np
 from gemloupe import capturing, hooks
 from gemloupe.cache import KvCache
 from gemloupe.config import TextConfig
+from gemloupe.media import blocks
 from gemloupe.positions import Positions, Span, resolve
 from gemloupe.prompt import Prompt
 
@@ -74,4 +75,7 @@ def reach(
             begins.append(max(span.first, where.begin))
         first = span.first if everywhere else min(begins, default=span.end - 1)
         position = min(position, first)
+    for begin, end in blocks(span.prompt.media, config.bidirectional):
+        if span.first + begin < position < span.first + end:
+            position = span.first + begin
     return layer, max(span.first, position)

@@ -13,6 +13,7 @@ from gemloupe import routing as _routing
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
+from gemloupe.media import Medium, engine_input
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
@@ -47,6 +48,11 @@ class Run:
     """What `model.run(this_run, edit=…)` begins from, with keep=True."""
     model: Model | None = field(default=None, repr=False)
     """The model that ran."""
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """The prompt's images, sounds and videos."""
+        return self.prompt.media
 
     def __getitem__(self, name: str) -> Any:
         return self.captured[name]
@@ -95,6 +101,10 @@ def run(
     chunk: int = _core.DEFAULT_CHUNK,
     check_finite: bool = False,
     keep: bool = False,
+    images: Any = None,
+    audio: Any = None,
+    videos: Any = None,
+    max_soft_tokens: Any = None,
 ) -> Run | list[Run]:
     batch = is_batch(x)
     rows = len(x) if batch else None
@@ -105,6 +115,10 @@ def run(
     if isinstance(x, Run):
         if cache is not None or keep:
             raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
+        if any(value is not None for value in (images, audio, videos)):
+            raise ValueError(
+                "a run is repeated with its own media; leave out images=, audio=, videos="
+            )
         request = capturing.parse(hooked, edit, model.config.text)
         _check_logits(logits, request)
         repeated = _rerun(
@@ -116,7 +130,15 @@ def run(
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
     continued = any(given is not None and given.length > 0 for given in caches)
-    prompts = model.prepare(x, thinking=thinking, bos=False if continued and bos == "auto" else bos)
+    prompts = model.prepare(
+        x,
+        thinking=thinking,
+        bos=False if continued and bos == "auto" else bos,
+        images=images,
+        audio=audio,
+        videos=videos,
+        max_soft_tokens=max_soft_tokens,
+    )
     requests = [
         capturing.parse(hooked, of_row, model.config.text)
         for of_row in capturing.row_edits(edit, rows)
@@ -174,7 +196,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     cache_edits.note(used, request)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
-        options.chunk,
+        options.chunk, media=engine_input(prompt.media, model.config),
     )  # fmt: skip
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
@@ -208,6 +230,7 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     values = model.core.run(
         ids.tolist(), used.core, max(0, begin - skipped), max(0, end - skipped), bound.core,
         options.cap, options.chunk, layer, kept.residuals[layer][skipped:] if layer else None,
+        engine_input(prompt.media, model.config, skipped),
     )  # fmt: skip
     captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
     positions = np.arange(span.first, span.end)

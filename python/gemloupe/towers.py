@@ -1,15 +1,54 @@
-"""Counts the parameters of the vision and audio parts from a config, for the sizes report.
-
-The text decoder alone runs in this version; these figures only say how large the rest is.
-"""
+"""The vision and audio parts of a checkpoint: their tensors, and their sizes from a config."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gemloupe import _core
+from gemloupe.errors import quoted
+
+if TYPE_CHECKING:
+    from gemloupe.checkpoint import Checkpoint
+
+# The modules whose tensors make a part.
+VISION = ("vision_tower", "vision_embedder", "embed_vision")
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Buffers, which transformers doesn't count as parameters.
 BUFFER_NAMES = ("_min", "_max", ".std_bias", ".std_scale", "layer_scalar")
+
+
+def has_vision(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold what reads images."""
+    return "embed_vision" in checkpoint.towers
+
+
+def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
+    """The tensors of these modules for the engine, as they are stored, without "model.".
+
+    ValueError for a type that the engine does not read.
+    """
+    files: dict[int, list[_core.TensorEntry]] = {}
+    for name in (name for module in modules for name in checkpoint.towers.get(module, ())):
+        stored = checkpoint.tensors[name]
+        if stored.info.dtype not in _DTYPES:
+            raise ValueError(
+                f"{checkpoint.files[stored.file].name}: {quoted(name)} has the type "
+                f"{stored.info.dtype}; expected F32, BF16 or F16"
+            )
+        entry = _core.TensorEntry(
+            name.removeprefix("model."),
+            _DTYPES[stored.info.dtype],
+            list(stored.info.shape),
+            stored.info.begin,
+            stored.info.end,
+        )
+        files.setdefault(stored.file, []).append(entry)
+    loaded = _core.Weights()
+    for file, entries in files.items():
+        loaded.add_file(str(checkpoint.files[file]), entries)
+    return loaded
 
 
 def tower_parameters(raw: Mapping[str, Any]) -> dict[str, int]:

@@ -57,6 +57,7 @@ class HookedModel : public testing::TestWithParam<DType> {
   template <typename Fn>
   void ForEveryPoint(Fn fn) const {
     for (const HookPointInfo& info : HookPoints()) {
+      if (IsVisionOnly(info.point)) continue;
       const int layers = info.per_layer ? static_cast<int>(tiny_.config.num_hidden_layers) : 1;
       for (int layer = 0; layer < layers; ++layer) fn(info.point, info.per_layer ? layer : -1);
     }

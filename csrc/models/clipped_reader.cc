@@ -1,0 +1,26 @@
+#include "models/clipped_reader.h"
+
+#include <utility>
+#include <vector>
+
+#include "models/weight_names.h"
+
+namespace gemloupe {
+
+StatusOr<ClippedLinear> ReadClipped(const std::string& matrix, int64_t rows, int64_t cols,
+                                    bool clipped, WeightStore& weights) {
+  const names::Clipped stored = names::OfClipped(matrix);
+  ClippedLinear linear;
+  GL_ASSIGN_OR_RETURN(linear.weight, weights.Take(stored.weight, {rows, cols}));
+  if (!clipped) return linear;
+  for (const auto& [name, bound] : {std::pair{&stored.input_min, &linear.input.low},
+                                    std::pair{&stored.input_max, &linear.input.high},
+                                    std::pair{&stored.output_min, &linear.output.low},
+                                    std::pair{&stored.output_max, &linear.output.high}}) {
+    GL_ASSIGN_OR_RETURN(const std::vector<float> value, weights.ReadRows(*name, {0}));
+    *bound = value.at(0);
+  }
+  return linear;
+}
+
+}  // namespace gemloupe

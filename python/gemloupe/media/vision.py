@@ -1,0 +1,64 @@
+"""A model's eyes: its vision weights in the engine, loaded when an image is first encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from gemloupe import _core
+from gemloupe.media.content import Content, SoftTokens
+from gemloupe.media.images import DEFAULT_BUDGET, Image, read_image
+from gemloupe.vision_config import VisionConfig
+
+
+class Vision:
+    """Encodes images for one model. Threads may share it: their images take turns."""
+
+    def __init__(
+        self, config: VisionConfig, load: Callable[[_core.VisionConfig], _core.VisionModel]
+    ) -> None:
+        """`load` makes the engine's part; it is called once, when soft tokens are needed."""
+        self.config = config
+        self._load = load
+        self._lock = threading.Lock()
+        self._core: _core.VisionModel | None = None
+
+    @property
+    def core(self) -> _core.VisionModel:
+        """The engine's vision model, loaded now if it is not yet."""
+        with self._lock:
+            if self._core is None:
+                self._core = self._load(core_config(self.config))
+            return self._core
+
+    def read(self, value: Any, name: str, max_soft_tokens: int = DEFAULT_BUDGET) -> Content:
+        """Reads an image (see `images.read_image`); it is encoded when needed."""
+        image = read_image(value, name, self.config.cell, max_soft_tokens)
+        return Content("image", (image.soft_tokens,), lambda: self.encode(image), source=image)
+
+    def encode(
+        self, image: Image, hooks: _core.Hooks | None = None, first_row: int = 0
+    ) -> np.ndarray:
+        """Returns the soft tokens float32 [n, D] of an image; `hooks` sees its patches' rows from
+        `first_row` on.
+        """
+        side = self.config.patch_size if self.config.has_encoder else self.config.cell
+        columns = image.pixels.shape[1] // side
+        return self.core.encode(image.patches(side), columns, hooks, first_row)
+
+    def encode_image(self, value: Any, max_soft_tokens: int) -> SoftTokens:
+        """Reads and encodes one image."""
+        content = self.read(value, "image", max_soft_tokens)
+        return SoftTokens.of(content.soft_tokens, content)
+
+
+def core_config(config: VisionConfig) -> _core.VisionConfig:
+    """The engine's copy: the same fields under the same names."""
+    core = _core.VisionConfig()
+    for of in dataclasses.fields(config):
+        setattr(core, of.name, getattr(config, of.name))
+    return core

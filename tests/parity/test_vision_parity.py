@@ -1,0 +1,205 @@
+"""Pictures give the patches, soft tokens and logits of transformers, with towers of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PilImage
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+import gemloupe as gl
+from gemloupe.media.images import BUDGETS, read_image
+from tiny_models import MEDIA_IDS, VOCAB_SIZE, save_tiny_tokenizer
+
+# Encoder with clipped linears, encoder with standardised features, encoder-free.
+KINDS = ("e2b", "26b", "12b")
+PATCH = 4
+SIZES = [(40, 30), (31, 97), (200, 200), (7, 150), (301, 64)]
+IMAGE = MEDIA_IDS["image_token_id"]
+
+
+def _picture(width: int, height: int, seed: int = 0) -> PilImage.Image:
+    """Smooth shapes and some noise: what bicubic sees of real pictures."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(width, height)
+    waves = [np.sin(rng.uniform(3, 30) * x + rng.uniform(3, 30) * y) for _ in range(3)]
+    noise = rng.normal(size=(height, width, 3)) * 0.1
+    values = (np.stack(waves, axis=-1) + noise + 1.3) / 2.6
+    return PilImage.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
+
+
+def _processed(pictures: list[PilImage.Image], budget: int, patch: int) -> dict[str, Any]:
+    processor = Gemma4ImageProcessorPil(patch_size=patch, max_soft_tokens=budget)
+    return dict(processor(pictures, return_tensors="pt"))
+
+
+@pytest.mark.parametrize(
+    ("size", "budget"),
+    [
+        *(((640, 480), budget) for budget in BUDGETS),
+        *(((33, 1000), budget) for budget in BUDGETS),
+        ((1024, 768), 280),
+        ((1280, 720), 70),
+        ((50, 50), 140),
+        ((3000, 5), 280),
+        ((9, 9), 560),
+    ],
+)
+def test_pictures_become_the_patches_of_transformers(size: tuple[int, int], budget: int) -> None:
+    picture = _picture(*size)
+    expected = _processed([picture], budget, 16)
+    image = read_image(picture, "image", 48, budget)
+    patches = image.patches(16)
+    assert np.array_equal(expected["pixel_values"][0, : len(patches)].numpy(), patches)
+    assert not expected["pixel_values"][0, len(patches) :].any()
+    assert [image.soft_tokens] == list(expected["num_soft_tokens_per_image"])
+    columns = image.pixels.shape[1] // 16
+    at = expected["image_position_ids"][0, : len(patches)].numpy()
+    assert np.array_equal(at[:, 1] * columns + at[:, 0], np.arange(len(patches)))
+    # The patches of the encoder-free model: 3 x 3 of these as one square.
+    rows = image.pixels.shape[0] // 16
+    grid = patches.reshape(rows // 3, 3, columns // 3, 3, 16, 16, 3)
+    squares = grid.transpose(0, 2, 1, 4, 3, 5, 6).reshape(image.soft_tokens, -1)
+    assert np.array_equal(image.patches(48), squares)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "CMYK", "1"])
+def test_every_mode_becomes_the_rgb_of_transformers(mode: str) -> None:
+    picture = _picture(90, 70).convert("RGBA")
+    picture.putalpha(PilImage.linear_gradient("L").resize(picture.size))
+    if mode != "RGBA":
+        picture = picture.convert("RGB").convert(mode) if mode != "LA" else picture.convert("LA")
+    expected = _processed([picture], 70, 16)["pixel_values"][0].numpy()
+    patches = read_image(picture, "image", 48, 70).patches(16)
+    assert np.array_equal(expected[: len(patches)], patches)
+
+
+@pytest.fixture(params=KINDS)
+def loaded(request: pytest.FixtureRequest, tiny: Callable) -> tuple[Any, gl.Model]:
+    # Tables as long as thin pictures need them.
+    table = "mm_posemb_size" if request.param == "12b" else "position_embedding_size"
+    reference, folder = tiny(
+        request.param, towers="tiny", media_ids=True, vision={table: 3400}, seed=2
+    )
+    save_tiny_tokenizer(folder)
+    return reference, gl.load(folder, dtype="float32")
+
+
+def _features(reference: Any, pictures: list[PilImage.Image], budget: int) -> dict[str, Any]:
+    inputs = _processed(pictures, budget, PATCH)
+    if "Unified" in type(reference).__name__:
+        images = [read_image(p, "image", 3 * PATCH, budget) for p in pictures]
+        values = torch.zeros(len(images), budget, 3 * (3 * PATCH) ** 2)
+        positions = torch.full((len(images), budget, 2), -1)
+        for i, image in enumerate(images):
+            count, columns = image.soft_tokens, image.grid[1]
+            values[i, :count] = torch.from_numpy(image.patches(3 * PATCH))
+            at = torch.arange(count)
+            positions[i, :count] = torch.stack([at % columns, at // columns], dim=-1)
+        inputs = {"pixel_values": values, "image_position_ids": positions}
+    return {name: inputs[name] for name in ("pixel_values", "image_position_ids")}
+
+
+def _close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    scale = max(1.0, float(np.abs(theirs).max()))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("budget", BUDGETS[:3])
+def test_soft_tokens_are_those_of_transformers(loaded: tuple[Any, gl.Model], budget: int) -> None:
+    reference, model = loaded
+    sizes = SIZES if budget == 70 else SIZES[1:3]
+    pictures = [_picture(*size, seed=i) for i, size in enumerate(sizes)]
+    with torch.no_grad():
+        features = reference.model.get_image_features(**_features(reference, pictures, budget))
+    for picture, expected in zip(pictures, features.pooler_output, strict=True):
+        tokens = model.encode_image(picture, max_soft_tokens=budget)
+        _close(np.asarray(tokens), expected.numpy())
+
+
+@pytest.mark.parametrize("budget", BUDGETS[3:])
+def test_soft_tokens_of_the_largest_budgets(tiny: Callable, budget: int) -> None:
+    # One head: the reference holds its scores whole, [10080, 10080] each.
+    vision = {"num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    vision["position_embedding_size"] = 256
+    reference, folder = tiny("e4b", towers="tiny", media_ids=True, vision=vision)
+    picture = _picture(300, 200)
+    image = read_image(picture, "image", 3 * PATCH, budget)
+    columns = image.pixels.shape[1] // PATCH
+    at = torch.arange(9 * image.soft_tokens)
+    with torch.no_grad():
+        features = reference.model.get_image_features(
+            torch.from_numpy(image.patches(PATCH))[None],
+            torch.stack([at % columns, at // columns], dim=-1)[None],
+        )
+    tokens = gl.load(folder, dtype="float32").encode_image(picture, max_soft_tokens=budget)
+    _close(np.asarray(tokens), features.pooler_output[0].numpy())
+
+
+def _ids(lengths: list[int]) -> list[int]:
+    rng = np.random.default_rng(5)
+    begin, end = MEDIA_IDS["boi_token_id"], MEDIA_IDS["eoi_token_id"]
+    ids = [2]
+    for length in lengths:
+        ids += [*rng.integers(60, VOCAB_SIZE, 4).tolist(), begin, *[IMAGE] * length, end]
+    return [*ids, *rng.integers(60, VOCAB_SIZE, 5).tolist()]
+
+
+def _reference_logits(
+    reference: Any, ids: list[int], pictures: list[PilImage.Image], budget: int
+) -> np.ndarray:
+    tensor = torch.tensor([ids])
+    types = (tensor == IMAGE).long()
+    inputs = {"input_ids": tensor, "mm_token_type_ids": types}
+    inputs |= _features(reference, pictures, budget)
+    if "Unified" in type(reference).__name__:  # See test_media_parity.
+        embeds = torch.zeros(1, len(ids), reference.config.text_config.hidden_size)
+        ones, at = torch.ones(1, len(ids)), torch.arange(len(ids))[None]
+        inputs["attention_mask"] = reference.create_masks_for_generate(
+            reference.config, embeds, ones, None, at, types
+        )
+    with torch.no_grad():
+        return reference(**inputs, use_cache=False).logits[0].numpy()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_logits_and_greedy_tokens_are_those_of_transformers(
+    loaded: tuple[Any, gl.Model], count: int
+) -> None:
+    reference, model = loaded
+    pictures = [_picture(*size, seed=9) for size in SIZES[:count]]
+    lengths = [len(model.encode_image(picture, 70)) for picture in pictures]
+    ids = _ids(lengths)
+    run = model.run(ids, images=pictures, max_soft_tokens=70, logits="all")
+    _close(run.logits, _reference_logits(reference, ids, pictures, 70))
+    out = model.generate(ids, images=pictures, max_soft_tokens=70, max_new_tokens=4, temperature=0)
+    for token in out.ids.tolist():
+        logits = _reference_logits(reference, ids, pictures, 70)[-1]
+        assert logits[token] > logits.max() - 1e-5
+        ids.append(token)
+
+
+def test_soft_tokens_stand_for_their_image_in_other_prompts(loaded: tuple[Any, gl.Model]) -> None:
+    _reference, model = loaded
+    picture = _picture(40, 30)
+    tokens = model.encode_image(picture, max_soft_tokens=140)
+    for text in ("what <|image|>?", "<|image|> a cat"):
+        given = model.run(text, images=picture, max_soft_tokens=140)
+        reused = model.run(text, images=tokens)
+        assert np.array_equal(given.logits, reused.logits)
+        assert reused.media[0].content.source.soft_tokens == len(tokens)
+
+
+def test_threads_and_invariance_change_no_soft_token_by_much(tiny: Callable) -> None:
+    _reference, folder = tiny("e2b", towers="tiny", media_ids=True)
+    picture = _picture(40, 40)
+    one, two = (
+        gl.load(folder, dtype="float32", threads=threads, invariant=True).encode_image(picture, 70)
+        for threads in (1, 2)
+    )
+    assert np.array_equal(one, two)
+    _close(np.asarray(one), np.asarray(gl.load(folder, dtype="float32").encode_image(picture, 70)))
