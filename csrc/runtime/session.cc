@@ -265,7 +265,8 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
     }
     leases[i].get()->Advance(read[i].data(), static_cast<int64_t>(kept));
     if (row.request.drafter == nullptr) continue;
-    const float* hidden = final_norm_.data() + (first + static_cast<int64_t>(kept) - 1) * hidden_size;
+    const float* hidden =
+        final_norm_.data() + (first + static_cast<int64_t>(kept) - 1) * hidden_size;
     row.hidden.assign(hidden, hidden + hidden_size);
     CountDrafts(static_cast<int64_t>(drafts[i].size()), static_cast<int64_t>(kept) - 1, row);
   }

@@ -92,9 +92,9 @@ class Session {
     int32_t last_token = -1;  // chosen, not yet in the cache
     std::vector<TokenLogprobs> prompt_logprobs;
     bool done = false;
-    std::vector<float> hidden;     // [D] after the final norm, of which last_token was chosen
+    std::vector<float> hidden;  // [D] after the final norm, of which last_token was chosen
     DraftCounts drafts;
-    double acceptance = 0.7;       // of a guess, as lately seen
+    double acceptance = 0.7;  // of a guess, as lately seen
   };
 
   Status CheckRow(int row) const;
@@ -110,7 +110,7 @@ class Session {
   // One thread at a time; an edit function may end rows of the step that calls it.
   mutable std::recursive_mutex mutex_;
   std::vector<std::unique_ptr<Row>> rows_;
-  size_t next_decode_ = 0;  // where the next group of decoding rows begins
+  size_t next_decode_ = 0;    // where the next group of decoding rows begins
   bool decode_next_ = false;  // a prompt's chunk was the last pass: who decodes is not kept waiting
   std::vector<float> logits_;
   std::vector<float> final_norm_;
