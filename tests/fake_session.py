@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gemloupe.adapters.registry import Adapters
 from gemloupe.config import parse_config
 from gemloupe.media import Reader
 from gemloupe.tokenizer import Tokenizer
@@ -33,6 +34,14 @@ class FakeCache:
 
     def truncate(self, length: int) -> None:
         del self.tokens[length:]
+
+    provenance = ()
+
+    def note_adapter(self, adapter: str) -> None:
+        assert adapter == "none"
+
+    def forget(self, notes: Any) -> None:
+        pass
 
 
 class FakeSession:
@@ -159,6 +168,7 @@ class FakeModel:
         )
         self.tokenizer = Tokenizer(folder, self.config)
         self.generation_config = generation_config
+        self.adapters = Adapters(self)
         self.media_reader = Reader(self.config.text.hidden_size)
         self.scripts = [self._ids(script) for script in scripts]
         self.session: FakeSession | None = None

@@ -225,7 +225,7 @@ def test_timings_count_tokens(folder: Path) -> None:
             ValueError,
             r"images.0. is a str, but this model does not read image",
         ),
-        ({"adapter": "a"}, ValueError, "adapter= is not in this version"),
+        ({"adapter": "a"}, KeyError, "no adapter 'a'"),
         (
             {"routing": "some"},
             ValueError,

@@ -11,16 +11,19 @@ import torch
 
 import docs_blocks
 import gemloupe as gl
+from adapter_files import write_adapter
 from gemloupe import _core, help_pages
 from gguf_files import write_gguf
 
 # Written as a page's own code does: its name, and what it needs in the working folder.
 GGUF = "model-Q4_0.gguf"
+ADAPTER = "my-adapter"
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(tmp_path / GGUF, docs_blocks.DEMO, tokenizer=docs_blocks.DEMO)
+    write_adapter(tmp_path / ADAPTER, docs_blocks.DEMO)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

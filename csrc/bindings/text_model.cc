@@ -146,8 +146,7 @@ void BindTextModel(py::module_& module) {
       .def("run", &RunModel, py::arg("ids"), py::arg("cache"), py::arg("logits_begin"),
            py::arg("logits_end"), py::arg("hooks"), py::arg("softcap"), py::arg("chunk"),
            py::arg("first_layer") = 0, py::arg("resid_pre") = py::none(),
-           py::arg("adapters") = PyAdapterMix(),
-           py::arg("media") = nullptr,
+           py::arg("adapters") = PyAdapterMix(), py::arg("media") = nullptr,
            "One sequence through the model; its tokens are appended to the cache.")
       .def("unembed", &Unembed, py::arg("x"), py::arg("norm"), py::arg("softcap"), py::arg("vocab"),
            "Logits [T, V or vocab] of residual streams x [T, D].");

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -277,12 +277,13 @@ def bench(
     dtype: str = "auto",
     kv_dtype: str = "auto",
     threads: int | None = None,
+    adapter: Mapping[str, float] | None = None,
     repetitions: int = 5,
     advance: Callable[[Case], object] = lambda case: None,
 ) -> list[dict[str, Any]]:
     """Loads a model, measures the cases and returns one record each, as `--json` prints them."""
     begin = time.perf_counter()
-    model = load(source, dtype, threads=threads, kv_dtype=kv_dtype)
+    model = load(source, dtype, threads=threads, kv_dtype=kv_dtype, adapter=adapter)
     seconds = time.perf_counter() - begin
     common = {
         "model": source,
@@ -290,6 +291,7 @@ def bench(
         "kv_dtype": model.kv_dtype,
         **environment(model.threads),
         "load_seconds": seconds,
+        **({"adapter": dict(adapter)} if adapter else {}),
     }
     bandwidth = read_bandwidth(model.threads)
     measured = list(measure(model, chosen, repetitions, advance=advance))

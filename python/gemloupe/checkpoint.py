@@ -313,6 +313,12 @@ def _layer_tensors(config: TextConfig, index: int) -> Iterator[tuple[str, tuple[
     yield "layer_scalar", (1,)
 
 
+def tower_of(full_name: str) -> str | None:
+    """The vision or audio module that a full name belongs to; None for the text decoder's."""
+    match = _TOWER_NAME.match(full_name)
+    return match[1] if match else None
+
+
 def unused_text_tensors(config: TextConfig) -> set[str]:
     """Returns names that published files hold and no model reads: sharing layers' keys, values."""
     return {
@@ -341,7 +347,7 @@ def _checked(
     problems: list[str] = []
     for full_name, (number, info) in tensors.items():
         name = full_name.removeprefix(prefix) if full_name.startswith(prefix) else ""
-        tower = _TOWER_NAME.match(full_name)
+        tower = tower_of(full_name)
         if name in expected:
             problem = _tensor_problem(info, expected[name])
             if problem:
@@ -353,7 +359,7 @@ def _checked(
         elif name in unused:
             ignored.append(full_name)
         elif tower:
-            towers.setdefault(tower[1], []).append(full_name)
+            towers.setdefault(tower, []).append(full_name)
         elif _HEAD_NAME.fullmatch(full_name):
             ignored.append(full_name)
         else:

@@ -47,6 +47,7 @@ examples:
   gemloupe generate "Name a colour and its hex code." --json-schema colour.schema.json
   gemloupe generate "Once upon a time" --raw --max-new-tokens 40 --seed 7
   gemloupe generate "Why is the sky blue?" --model google/gemma-4-E2B-it
+  gemloupe generate "Hi" --model google/gemma-4-E2B-it --adapter ./my-lora:0.8
   echo "Sort: 3 1 2" | gemloupe generate --json"""
 
 _CHAT_EXAMPLES = """\
@@ -70,6 +71,7 @@ examples:
   gemloupe convert ./my-checkpoint my-int8 --dtype int8
   gemloupe convert ./my-checkpoint my-int4 --keep "*.mlp.down_proj.weight=int8"
   gemloupe convert gemma-4-E2B-it-Q4_0.gguf e2b-q4 --dtype auto
+  gemloupe convert google/gemma-4-E2B-it e2b-mine --adapter ./my-lora
 
 The folder holds weights as the kernels read them: it loads in no time, and its pages are shared
 between processes. --dtype auto keeps the values of a quantised checkpoint."""
@@ -274,6 +276,7 @@ def _add_convert(commands: Any) -> None:
         metavar="PATTERN=DTYPE",
         help="another dtype for tensors of these names; may be given several times",
     )
+    _add_adapter_option(parser, "bake in a LoRA adapter of PEFT")
     parser.add_argument("--force", action="store_true", help="replace a packed checkpoint at DST")
     parser.add_argument("--threads", type=int, help="default: every CPU this process may use")
 
@@ -302,6 +305,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--gemloupe", action="store_true", help="load the reference with gemloupe too"
     )
+    _add_adapter_option(parser, "run the model under a LoRA adapter, and the reference without")
     parser.add_argument("--points", default="*", metavar="PATTERN", help="hook points to compare")
     parser.add_argument("--layer", type=int, metavar="N", help="show the points of one layer")
     parser.add_argument(
@@ -332,6 +336,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("-r", type=int, default=5, metavar="N", help="repetitions (default: 5)")
     parser.add_argument("--dtype", default="auto", help="as stored, or as it is to be loaded")
     parser.add_argument("--kv-dtype", default="auto", help="float32, float16, bfloat16 or int8")
+    _add_adapter_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a test")
 
 
@@ -354,6 +359,34 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
     )
     group.add_argument("--threads", type=int, help="default: every CPU this process may use")
+    _add_adapter_option(group)
+
+
+def _add_adapter_option(parser: Any, what: str = "run under a LoRA adapter of PEFT") -> None:
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        type=_adapter,
+        metavar="PATH[:SCALE]",
+        help=f"{what}: a folder or hub id; may be given several times",
+    )
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    path, colon, scale = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return path, float(scale)
+    except ValueError:
+        return text, 1.0  # The colon belongs to the path.
+
+
+def _adapters(arguments: argparse.Namespace) -> dict[str, float] | None:
+    given = arguments.adapter
+    if given and len(dict(given)) < len(given):
+        raise ValueError("--adapter gives one path twice; expected each once, as PATH:SCALE")
+    return dict(given) if given else None
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -383,7 +416,12 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> Model:
     from gemloupe.model import load
 
-    return load(arguments.model, arguments.dtype, threads=arguments.threads)
+    return load(
+        arguments.model,
+        arguments.dtype,
+        threads=arguments.threads,
+        adapter=_adapters(arguments),
+    )
 
 
 def _options(arguments: argparse.Namespace, default_tokens: int) -> dict[str, Any]:
@@ -514,6 +552,7 @@ def _run_convert(arguments: argparse.Namespace) -> None:
         arguments.source,
         arguments.destination,
         dtype if arguments.keep else arguments.dtype,
+        adapter=_adapters(arguments),
         force=arguments.force,
         threads=arguments.threads,
     )
@@ -528,7 +567,12 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         reference = open_reference(load(arguments.reference, arguments.reference_dtype))
     else:
         reference = open_reference(arguments.reference, arguments.reference_dtype)
-    model = load(arguments.model, arguments.dtype, embed_scale=reference.embed_scale)
+    model = load(
+        arguments.model,
+        arguments.dtype,
+        embed_scale=reference.embed_scale,
+        adapter=_adapters(arguments),
+    )
     model.tokenizer.raw_text_warned = True  # The help says that it is raw.
     inputs = arguments.ids if arguments.text is None else arguments.text
     report = compare(
@@ -565,6 +609,7 @@ def _run_bench(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         kv_dtype=arguments.kv_dtype,
         threads=arguments.threads,
+        adapter=_adapters(arguments),
         repetitions=arguments.r,
         advance=advance,
     )

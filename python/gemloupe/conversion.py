@@ -18,8 +18,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from gemloupe import _core, packed, recipe, sizes
+from gemloupe.adapters import baking
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.errors import format_bytes, quoted
 from gemloupe.model import check_threads, rounds_scale, stored_weights
@@ -41,6 +43,7 @@ def convert(
     destination: str | os.PathLike[str],
     dtype: str | Mapping[str, str] = "int4",
     *,
+    adapter: Any = None,
     force: bool = False,
     threads: int | None = None,
 ) -> Path:
@@ -50,6 +53,11 @@ def convert(
     for bit, as `load(source, dtype)`. "auto" keeps the values of a GGUF or W4A16 checkpoint and
     copies a packed one. Vision and audio tensors are copied as they are. It needs little memory:
     tensors pass through it in parts.
+
+    `adapter`: a PEFT folder or hub id, or {folder: weight} for several, to be folded into the
+    weights before they are rounded. It needs room on the disk for the float32 values of what
+    changes. ValueError for what no weights can hold: lora_bias, and an embedding that changes
+    otherwise than the head that it is tied to.
 
     `force` replaces a destination that is a packed folder too. Raises FileExistsError for any
     other destination that exists, OSError where the disk is too small or fails, and as `load`.
@@ -61,9 +69,13 @@ def convert(
     _check_destination(checkpoint, target, force)
     wanted = _targets(checkpoint, dtype)
     remove_leftovers(target.parent)
-    _check_disk(checkpoint, target, wanted)
+    baked = None if adapter is None else baking.prepare(source, adapter)
+    _check_disk(checkpoint, target, wanted, baked.nbytes if baked else 0)
     with _partial_folder(target.parent) as partial:
-        _write_weights(checkpoint, partial, dtype, wanted, check_threads(threads))
+        changed = baked.write(partial) if baked else None
+        _write_weights(checkpoint, partial, dtype, wanted, changed, check_threads(threads))
+        if changed:
+            changed.path.unlink()
         _write_side_files(checkpoint, partial)
         _sync(partial)
         _check_destination(checkpoint, target, force)  # Another process may have made it meanwhile.
@@ -156,13 +168,15 @@ def _tower_names(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def _check_disk(checkpoint: Checkpoint, target: Path, wanted: Mapping[str, str]) -> None:
+def _check_disk(
+    checkpoint: Checkpoint, target: Path, wanted: Mapping[str, str], beside: int
+) -> None:
     text = checkpoint.text_tensors
     needed = sum(recipe.nbytes(dtype, text[name].shape) for name, dtype in wanted.items())
     for name in _tower_names(checkpoint):
         info = checkpoint.tensors[name].info
         needed += info.end - info.begin
-    needed += _SIDE_BYTES
+    needed += _SIDE_BYTES + beside
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise OSError(
@@ -177,9 +191,11 @@ def _write_weights(
     folder: Path,
     dtype: recipe.Dtype,
     wanted: Mapping[str, str],
+    changed: baking.Changed | None,
     threads: int,
 ) -> None:
-    weights = stored_weights(checkpoint, wanted, full_names=True)
+    source = changed.over(checkpoint) if changed else checkpoint
+    weights = stored_weights(source, wanted, full_names=True)
     prefix = checkpoint.prefix
     tensors = [(prefix + name, name == recipe.TABLE) for name in wanted]
     towers: dict[int, list[_core.TensorEntry]] = {}
@@ -191,7 +207,12 @@ def _write_weights(
         tensors.append((name, False))
     for number, entries in towers.items():
         weights.add_file(str(checkpoint.files[number]), entries)
-    metadata = json.dumps(_provenance(checkpoint, dtype))
+    provenance = _provenance(checkpoint, dtype)
+    if changed:
+        provenance["adapter"] = changed.label
+        both = f"{provenance['source_hash']} {changed.digest}"
+        provenance["source_hash"] = hashlib.sha256(both.encode()).hexdigest()
+    metadata = json.dumps(provenance)
     path = folder / packed.FILE_NAME
     with ProgressBar(f"writing {recipe.name_of(dtype)} weights") as bar:
         _core.write_packed(weights, str(path), tensors, metadata, threads, bar.show)
@@ -200,7 +221,7 @@ def _write_weights(
 def _provenance(checkpoint: Checkpoint, dtype: recipe.Dtype) -> dict[str, object]:
     made = checkpoint.provenance
     if made is not None:  # A copy: it has the same source.
-        return dict(vars(made))
+        return {name: value for name, value in vars(made).items() if value != ""}
     preset = recipe.name_of(dtype)
     return {
         "dtype": checkpoint.dtype if preset == "auto" else preset,

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemloupe import _core, cache_edits, capturing
 from gemloupe import routing as _routing
+from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.guide import AnswerForm, RowGuide, ThoughtBudget, answer_ends
@@ -31,6 +32,7 @@ from gemloupe.tool_rounds import check_template, next_prompt
 from gemloupe.tools import Tool, ToolResult, can_run, parse_tools, run_tools
 
 if TYPE_CHECKING:
+    from gemloupe.adapters.registry import Adapters
     from gemloupe.config import ModelConfig
 
 # A prompt shorter than this is read in a few seconds at most; no bar is shown.
@@ -39,7 +41,6 @@ _BAR_TOKENS = 2048
 _ROUND_SEED = 0x9E3779B97F4A7C15
 # Arguments of the contract that later versions understand, with the value that means nothing.
 _LATER: dict[str, Any] = {
-    "adapter": None,
     "drafter": None,
 }
 
@@ -69,6 +70,9 @@ class GenerationModel(Protocol):
 
     def wrap_cache(self, core_cache: Any) -> Any:
         """Returns the cache that the caller gets for a `_core.KvCache`."""
+
+    @property
+    def adapters(self) -> Adapters: ...
 
 
 def generate(
@@ -131,8 +135,9 @@ def generate(
     `out.captured[name]` covers both ([prompt + new − 1, …]; the last token is never read); scores,
     patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
     are one).
+    `adapter` as in `model.run`; caches remember which adapters their entries come from.
     """
-    later = {"adapter": adapter, "drafter": drafter}
+    later = {"drafter": drafter}
     _refuse_later(later)
     started = time.perf_counter()
     batch = is_batch(x)
@@ -177,13 +182,14 @@ def generate(
         capturing.parse(hooked, of_row, model.config.text)
         for of_row in capturing.row_edits(edit, len(prompts) if batch else None)
     ]
+    selected = model.adapters.rows(adapter, len(prompts) if batch else None)
     given_tools = parse_tools(tools)
     row_tools = [_row_tools(prompt, given_tools, max_tool_rounds) for prompt in prompts]
     guides = _guides(model, prompts, options, response_format, batch)
     rows = [
-        _Row(prompt, of_row, given, started, request, guide, can_call, max_tool_rounds)
-        for prompt, of_row, given, request, guide, can_call in zip(
-            prompts, options, caches, requests, guides, row_tools, strict=True
+        _Row(prompt, of_row, given, started, request, adapters, guide, can_call, max_tool_rounds)
+        for prompt, of_row, given, request, adapters, guide, can_call in zip(
+            prompts, options, caches, requests, selected, guides, row_tools, strict=True
         )
     ]
     generation = Generation(model, rows, softcap_value(softcap), stream)
@@ -282,6 +288,7 @@ class _Row:
         cache: Any,
         started: float,
         request: capturing.Request,
+        adapters: Selection,
         guide: RowGuide | None,
         tools: list[Tool],
         max_rounds: int,
@@ -298,6 +305,7 @@ class _Row:
         self.cache = cache
         self.started = started
         self.request = request
+        self.adapters = adapters
         # Positions are resolved once: later rounds keep the span of the first prompt.
         self.span: Span | None = None
         self.hooks: capturing.BoundHooks | None = None
@@ -451,12 +459,14 @@ class Generation:
         self._numbers: list[int] = []
         # Rows of the session that earlier rounds had: (number, index of the row).
         self._ended: list[tuple[int, int]] = []
-        self._edited = [row.cache for row in rows if row.cache is not None and row.request.edits]
-        self._notes = [cache.provenance for cache in self._edited]
-        with cache_edits.forgotten_on_error(self._edited):
+        self._noted = [row.cache for row in rows if row.cache is not None]
+        self._notes = [cache.provenance for cache in self._noted]
+        with cache_edits.forgotten_on_error(self._noted):
             for index, row in enumerate(self._rows):
                 if stream or row.options.stop_strings or row.prompt.tools:
                     row.read_text()
+                if row.cache is not None:
+                    row.cache.note_adapter(row.adapters.label)
                 self._bind_hooks(row, index)
                 if row.guide:
                     row.guide.begin(np.concatenate([row.cached_ids, row.prompt.ids]))
@@ -501,6 +511,8 @@ class Generation:
         request.softcap = self._softcap
         request.mask = row.guide.mask if row.guide else None
         request.hooks = row.hooks.core if row.hooks else None
+        if row.adapters:
+            request.adapters = row.adapters.core
         request.media = engine_input(row.prompt.media, self._model.config)
         return request
 
@@ -576,7 +588,7 @@ class Generation:
         for number, index in reversed(self._ended):
             if self._rows[index].cache is not None:
                 self._session.rollback(number)
-        for cache, notes in zip(self._edited, self._notes, strict=True):
+        for cache, notes in zip(self._noted, self._notes, strict=True):
             cache.forget(notes)
 
     def _end(self, end_row: Callable[[int], None]) -> list[Piece]:
@@ -600,8 +612,11 @@ class Generation:
         if given is not None:
             return given
         made = self._model.wrap_cache(self._session.cache(self._numbers[index]))
-        if self._rows[index].request.edits:
-            cache_edits.note(made, self._rows[index].request)
+        row = self._rows[index]
+        if row.adapters:
+            made.note("adapter", row.adapters.label)
+        if row.request.edits:
+            cache_edits.note(made, row.request)
         return made
 
 

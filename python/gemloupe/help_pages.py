@@ -13,6 +13,7 @@ PAGES = (
     "hooks",
     "semantics",
     "numbers",
+    "adapters",
     "errors",
     "chat",
     "from_transformer_lens",

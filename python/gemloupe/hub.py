@@ -40,6 +40,11 @@ def download_config(repo_id: str) -> Path:
     return _snapshot(repo_id, ("config.json",))
 
 
+def download_adapter(repo_id: str) -> Path:
+    """Returns the local folder of a PEFT adapter; errors as above."""
+    return _snapshot(repo_id, ("adapter_config.json", "adapter_model.safetensors"))
+
+
 def _snapshot(repo_id: str, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors

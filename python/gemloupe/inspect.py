@@ -55,9 +55,13 @@ class Report:
     stored: str
     """What the files hold; "" where only a config was read."""
     checkpoint: Checkpoint | None = field(default=None, repr=False)
+    adapters: tuple[str, ...] = ()
+    """What `model.explain` says of the loaded adapters, a line each."""
 
     def __str__(self) -> str:
         parts = [self._head(), self._layers(), self._parameters(), self._weights(), self._memory()]
+        if self.adapters:
+            parts.append("\n".join(["Adapters", *(f"  {line}" for line in self.adapters)]))
         return "\n\n".join(part for part in parts if part)
 
     def _head(self) -> str:
@@ -151,6 +155,8 @@ class Report:
                 f"\n  packed as {made.dtype} from {made.source} ({made.source_dtype}) by gemloupe "
                 f"{made.gemloupe}"
             )
+            if made.adapter:
+                text += f"\n  with the adapter {made.adapter}"
         return text
 
     def _memory(self) -> str:

@@ -14,10 +14,13 @@ import numpy as np
 from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
+from gemloupe.adapters import Adapter
+from gemloupe.adapters.registry import Adapters
 from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
+from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
 from gemloupe.media import Reader, SoftTokens
 from gemloupe.media.images import DEFAULT_BUDGET
@@ -27,7 +30,7 @@ from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
 from gemloupe.safetensors_header import TensorInfo
 from gemloupe.stream import Stream
-from gemloupe.table import facts_html
+from gemloupe.table import Table, facts_html
 from gemloupe.tokenizer import Tokenizer
 from gemloupe.vision_config import read_vision_config
 from gemloupe.weights import Weights
@@ -46,6 +49,7 @@ def load(
     max_memory: int | None = None,
     residency: str = "mapped",
     activations: str = "auto",
+    adapter: Any = None,
     invariant: bool | None = None,
     embed_scale: str = "auto",
 ) -> Model:
@@ -104,7 +108,14 @@ def load(
     weights.set_resident(residency == "resident")
     with _load_bar(checkpoint, targets, residency) as bar:
         core = _core.TextModel(core_config(checkpoint.config.text), weights, options, bar.show)
-    return Model(core, checkpoint, preset, kv_dtype, options)
+    model = Model(core, checkpoint, preset, kv_dtype, options)
+    for source_of, weight in (_adapter_weights(adapter) if adapter is not None else {}).items():
+        model.adapters.default[model.load_adapter(source_of).name] = weight
+    return model
+
+
+def _adapter_weights(adapter: Any) -> Mapping[Any, float]:
+    return adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -277,6 +288,10 @@ class Model:
         options: _core.TextModelOptions,
     ) -> None:
         self.core = core
+        self.adapters = Adapters(self)
+        """The adapters that are loaded, by name; see `load_adapter`."""
+        self.embed_scale = "bfloat16" if options.round_embed_scale else "float32"
+        """The dtype that √hidden_size is rounded to."""
         self.checkpoint = checkpoint
         self.dtype = checkpoint.dtype if dtype == "auto" else dtype
         self.kv_dtype = kv_dtype
@@ -373,6 +388,9 @@ class Model:
         check_finite: ValueError for edits that write NaN or infinity.
         routing: "full" gives `run.routing` everything that the routers computed, "experts" the
             experts and their weights, False nothing; "full" unless a run is repeated.
+        adapter: the name of an adapter, an `Adapter`, {"a": 0.5, "b": 0.5} for several with
+            weights, {} for none, or None for those that are active (`set_adapter`); in a batch
+            also a list, one entry a row. A run that is repeated keeps its adapters.
         keep: hold what `model.run(this_run, edit=…)` begins from: that repeats the input with
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
@@ -389,6 +407,84 @@ class Model:
     def chat(self, message: Any, **arguments: Any) -> Output | list[Output] | Stream:
         """Generates the answer to one user message, or to a list of messages."""
         return generation.chat(self, message, **arguments)
+
+    def load_adapter(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        scale: float = 1.0,
+        strict: bool = False,
+        *,
+        dtype: str = "auto",
+    ) -> Adapter:
+        """Loads a LoRA adapter that PEFT saved; calls run under it with adapter=name.
+
+        a = model.load_adapter("my-adapter")
+        print(a.report())
+        model.chat("Hi", adapter="my-adapter")
+
+        `path`: a folder with adapter_config.json and adapter_model.safetensors, or a hub id.
+        `name`: the folder's own where left out. `scale` multiplies all its changes. It works
+        beside weights of any dtype, which stay as they are; several models of one process that
+        load the same adapter share it, and calls in other threads go on meanwhile. `dtype`: how A
+        and B are held, "float32", "bfloat16" or "float16"; "auto" is as stored, but bfloat16
+        beside quantised weights.
+
+        Tensors for keys and values of layers that read those of others, and for vision and audio
+        parts that are not loaded, are listed as ignored in `a.report()`; `strict=True` makes them
+        errors. Any other tensor that fits no module, an A without B, a wrong shape, another base
+        model and options that this version doesn't know are one ValueError that lists them all.
+        FileNotFoundError (a trainer's folder: listing its checkpoints), ConnectionError for a hub
+        out of reach. After an error the model is as it was.
+        """
+        return self.adapters.load(path, name, scale, strict, dtype)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter; calls that run under it still end. KeyError for an unknown name.
+
+        RuntimeError while it is merged. PEFT's other name for it is `unload_adapter`.
+        """
+        self.adapters.delete(name)
+
+    unload_adapter = delete_adapter
+
+    def list_adapters(self) -> Table:
+        """The loaded adapters as a table: name, scale, modules, MiB, active, from."""
+        return self.adapters.table()
+
+    def set_adapter(self, adapter: Any) -> None:
+        """Makes adapters active: later calls without adapter= run under them.
+
+        `adapter`: a name, an `Adapter`, a list of these, {"a": 0.5, "b": 0.5}, {} for none, or None
+        to go back to what `gl.load(adapter=)` said. It counts in this thread (or task) only, and
+        is read when a call begins. KeyError for a name that is not loaded.
+        """
+        self.adapters.set(adapter)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Calls inside a with block, in this thread (or task), run under no adapter.
+
+        Those that name one with adapter= still do. RuntimeError at a call while one is merged.
+        """
+        return self.adapters.disabled()
+
+    def merge_adapter(
+        self, adapter: str | Adapter, weight: float = 1.0, *, requantize: bool = False
+    ) -> Table:
+        """Folds an adapter into copies of the weights: every later call has it, at no cost.
+
+        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. Merged
+        int4 and int8 tensors become int8 with a scale for each row unless `requantize`, which
+        keeps their dtype. Returns a table of modules and the relative errors of what is stored,
+        ‖stored − (W + ΔW)‖ / ‖W + ΔW‖. RuntimeError where it is merged already; MemoryError.
+        """
+        return self.adapters.merge(adapter, weight, requantize)
+
+    def unmerge_adapter(
+        self, adapter: str | Adapter | None = None, *, requantize: bool = False
+    ) -> Table:
+        """Takes an adapter, or all of them, out of the weights again; the rest is merged anew."""
+        return self.adapters.unmerge(adapter, requantize)
 
     def routing_stats(
         self, *, coactivation: bool = False
@@ -450,7 +546,7 @@ class Model:
                 _core.DEFAULT_CHUNK,
                 separate_keys,
             ),
-            self._fingerprint,
+            self.fingerprint,
         )
 
     def unembed(
@@ -477,12 +573,15 @@ class Model:
         return self.core.unembed(np.atleast_2d(rows), norm, None if softcap else 0.0, ids)
 
     @functools.cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """What the model is, as JSON: files that belong to it say it."""
         return cache_file.fingerprint(self)
 
     def explain(self) -> _inspect.Report:
-        """What this model is made of: layers, sharing, parameters, bytes; print it."""
-        return _inspect.describe(self.checkpoint)
+        """What this model is made of: layers, sharing, parameters, bytes, adapters; print it."""
+        return dataclasses.replace(
+            _inspect.describe(self.checkpoint), adapters=self.adapters.describe()
+        )
 
     def __repr__(self) -> str:
         text = self.config.text
@@ -523,6 +622,13 @@ class Model:
             ("cache", self.kv_dtype),
             ("runs on", f"{self.threads} threads, {_core.isa()}"),
         ]
+
+    def embedding_scale(self, name: str) -> float:
+        """What rows of "embed_tokens" or "embed_tokens_per_layer" are multiplied with."""
+        text = self.config.text
+        per_layer = name == "embed_tokens_per_layer"
+        size = text.hidden_size_per_layer_input if per_layer else text.hidden_size
+        return embed_scale(self.embed_scale, size)
 
     @functools.cached_property
     def media_reader(self) -> Reader:
@@ -577,7 +683,7 @@ class Model:
         return cache.core
 
     def wrap_cache(self, core_cache: _core.KvCache) -> KvCache:
-        return KvCache(core_cache, self._fingerprint)
+        return KvCache(core_cache, self.fingerprint)
 
 
 __all__ = ["Model", "Prompt", "load"]

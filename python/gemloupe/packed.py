@@ -30,10 +30,12 @@ class Provenance:
     """"float32" or "bfloat16", as the source would have been loaded."""
     source: str
     source_hash: str
-    """SHA-256 over config.json and the headers of the weight files."""
+    """SHA-256 over config.json and the headers of the weight files, and over adapters."""
     source_dtype: str
     gemloupe: str
     """Version of the package that wrote it."""
+    adapter: str = ""
+    """The adapters that were folded in, and their weights."""
 
 
 def is_packed(folder: Path) -> bool:
@@ -64,6 +66,7 @@ def read(folder: Path) -> tuple[dict[str, TensorInfo], Provenance]:
 def _provenance(path: Path, fields: dict[str, object]) -> Provenance:
     recipe = fields.pop("recipe", None)
     names = [name for name in Provenance.__dataclass_fields__ if name != "recipe"]
+    fields.setdefault("adapter", "")
     texts = {name: fields.get(name) for name in names}
     for name, value in {**texts, "recipe": recipe}.items():
         fits = isinstance(value, str) if name != "recipe" else _is_text_mapping(value)

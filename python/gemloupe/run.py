@@ -10,6 +10,7 @@ import numpy as np
 
 from gemloupe import _core, cache_edits, capturing, rerun
 from gemloupe import routing as _routing
+from gemloupe.adapters.selection import Selection
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
@@ -48,6 +49,8 @@ class Run:
     """What `model.run(this_run, edit=…)` begins from, with keep=True."""
     model: Model | None = field(default=None, repr=False)
     """The model that ran."""
+    adapters: Selection = field(default=Selection())
+    """The adapters that it ran under, with their weights; `adapters.label` names them."""
 
     @property
     def media(self) -> tuple[Medium, ...]:
@@ -66,6 +69,8 @@ class Run:
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("tokens", str(len(self.prompt)))]
+        if self.adapters:
+            rows.append(("adapter", self.adapters.label))
         if self.logits is not None:
             rows.append(("logits", str(list(self.logits.shape))))
         rows += [(name, _shape_text(value)) for name, value in list(self.captured.items())[:12]]
@@ -101,6 +106,7 @@ def run(
     chunk: int = _core.DEFAULT_CHUNK,
     check_finite: bool = False,
     keep: bool = False,
+    adapter: Any = None,
     images: Any = None,
     audio: Any = None,
     videos: Any = None,
@@ -115,6 +121,8 @@ def run(
     if isinstance(x, Run):
         if cache is not None or keep:
             raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
+        if adapter is not None:
+            raise ValueError("a run is repeated under its own adapters; leave out adapter=")
         if any(value is not None for value in (images, audio, videos)):
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
@@ -122,11 +130,14 @@ def run(
         request = capturing.parse(hooked, edit, model.config.text)
         _check_logits(logits, request)
         repeated = _rerun(
-            model, x, _RowOptions(0, None, logits, request, softcap_value(softcap), chunk)
+            model,
+            x,
+            _RowOptions(0, None, logits, request, softcap_value(softcap), chunk, x.adapters),
         )
         _routing.count([repeated.routing], collectors)
         return repeated
     caches = row_caches(cache, rows)
+    selected = model.adapters.rows(adapter, rows)
     if isinstance(chunk, bool) or not isinstance(chunk, int) or not 1 <= chunk <= 2**30:
         raise ValueError(f"chunk is {chunk!r}; expected a number of tokens, 1 or more")
     continued = any(given is not None and given.length > 0 for given in caches)
@@ -150,7 +161,9 @@ def run(
     try:
         with cache_edits.forgotten_on_error(caches):
             for i, prompt in enumerate(prompts if batch else [prompts]):
-                options = _RowOptions(i, caches[i], logits, requests[i], cap, chunk, keep)
+                options = _RowOptions(
+                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep
+                )
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
@@ -168,6 +181,7 @@ class _RowOptions:
     request: capturing.Request
     cap: float | None
     chunk: int
+    adapters: Selection
     keep: bool = False
 
 
@@ -193,10 +207,12 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         capturing.check_memory(request, text, span, 0, options.chunk)
         bound = capturing.BoundHooks(request, text, span, options.row)
         bound.core.expected_rows = len(prompt)
+    used.note_adapter(options.adapters.label)
     cache_edits.note(used, request)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
-        options.chunk, media=engine_input(prompt.media, model.config),
+        options.chunk, adapters=options.adapters.core,
+        media=engine_input(prompt.media, model.config),
     )  # fmt: skip
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
@@ -206,7 +222,10 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         kept, captured = rerun.keep(captured, request, used, prompt)
     positions = np.arange(span.first, span.end)
     values = _of_slice(values, options.logits, text)
-    return Run(prompt, values, captured, used, positions, request.skipped, trace, kept, model)
+    return Run(
+        prompt, values, captured, used, positions, request.skipped, trace, kept, model,
+        options.adapters,
+    )  # fmt: skip
 
 
 def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
@@ -230,12 +249,15 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     values = model.core.run(
         ids.tolist(), used.core, max(0, begin - skipped), max(0, end - skipped), bound.core,
         options.cap, options.chunk, layer, kept.residuals[layer][skipped:] if layer else None,
-        engine_input(prompt.media, model.config, skipped),
+        adapters=options.adapters.core, media=engine_input(prompt.media, model.config, skipped),
     )  # fmt: skip
     captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
     positions = np.arange(span.first, span.end)
     values = _of_slice(values, options.logits, text)
-    return Run(prompt, values, captured, used, positions, request.skipped, trace, model=model)
+    return Run(
+        prompt, values, captured, used, positions, request.skipped, trace, None, model,
+        options.adapters,
+    )  # fmt: skip
 
 
 def _of_slice(values: np.ndarray | None, logits: LogitsRows, config: TextConfig) -> Any:

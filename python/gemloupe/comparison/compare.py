@@ -45,6 +45,8 @@ def compare(
     points: str | Iterable[str] = "*",
     reference_dtype: str = "float32",
     measure: str = "output",
+    adapter: Any = None,
+    reference_adapter: Any = None,
 ) -> Report:
     """Compares a model with a reference at every hook point that both have.
 
@@ -65,14 +67,19 @@ def compare(
     their output on the reference's inputs, or with `measure="kl"` by the KL of the transformers
     reference with that tensor alone rounded (a pass each).
 
+    `adapter` and, for a gemloupe reference, `reference_adapter` are what both sides run under, as
+    in `model.run`: gl.compare(model, model, inputs, adapter="a", reference_adapter={}) shows what
+    an adapter does. Each module that it changes is a divergence whose weights differ; layers,
+    tokens and choices of experts that follow from it come after.
+
     Returns a `Report`. Raises ValueError for a reference of other sizes, hostile or foreign files
     and unknown arguments, KeyError for a pattern that matches nothing, ImportError where a
     transformers reference needs torch.
     """
     if measure not in ("output", "kl"):
         raise ValueError(f"measure is {quoted(measure)}; expected {one_of(['output', 'kl'])}")
-    model_side = GemloupeSide(model)
-    side = open_reference(reference, reference_dtype)
+    model_side = GemloupeSide(model, adapter)
+    side = open_reference(reference, reference_dtype, reference_adapter)
     check_same_shape(model_side, side)
     prompts = _prompts(model, side, inputs)
     notes = _align(model_side, side)
@@ -99,14 +106,19 @@ def compare(
     return report
 
 
-def open_reference(reference: Any, dtype: str = "float32") -> Side:
+def open_reference(reference: Any, dtype: str = "float32", adapter: Any = None) -> Side:
     """Returns the side that `compare` runs the model against."""
     from gemloupe.model import Model
 
+    if adapter is not None and not isinstance(reference, Model):
+        raise ValueError(
+            "reference_adapter is for a gemloupe model as reference; expected None: load the "
+            "adapter into a transformers model with PEFT"
+        )
     if isinstance(reference, (GemloupeSide, TransformersSide, RecordedSide)):
         return reference
     if isinstance(reference, Model):
-        return GemloupeSide(reference)
+        return GemloupeSide(reference, adapter)
     if hf.is_transformers_model(reference):
         return TransformersSide(reference)
     if not isinstance(reference, (str, os.PathLike)):

@@ -17,6 +17,7 @@ from gemloupe.comparison import tensors as weights
 from gemloupe.comparison.bounded import FLOAT32, Bounded, exact
 from gemloupe.comparison.engines import Engine
 from gemloupe.comparison.tensors import Tensors
+from gemloupe.embed_scale import embed_scale
 
 if TYPE_CHECKING:
     from gemloupe.config import LayerConfig, TextConfig
@@ -117,18 +118,6 @@ def _gelu_times(gate: str, up: str) -> Operation:
     return Operation(
         lambda c: c.captured.engine.roundings.gelu_times(c(gate), c(up)), (), f"{gate} and {up}"
     )
-
-
-def embed_scale(dtype: str, size: int) -> float:
-    """√size as an embedding's weights in `dtype` hold it."""
-    root = np.float32(size**0.5)
-    if dtype == "bfloat16":
-        bits = root.view(np.uint32)
-        bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(
-            16
-        )
-        return float((bits << np.uint32(16)).view(np.float32))
-    return float(np.float16(root) if dtype == "float16" else root)
 
 
 def _embed(c: Context) -> Bounded:
@@ -439,7 +428,7 @@ OUTSIDE: dict[str, Operation] = {
     ),
     "final_norm": Operation(_last_norm, ("norm.weight",), "the last layer's resid_post"),
     "logits_raw": Operation(
-        lambda c: c.product(c.at("final_norm"), "embed_tokens.weight"),
+        lambda c: c.product(c.at("final_norm"), weights.head_name(c.tensors)),
         ("embed_tokens.weight",),
         "final_norm",
     ),

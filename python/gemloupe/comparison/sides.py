@@ -13,8 +13,8 @@ from gemloupe import _core
 from gemloupe import run as _run
 from gemloupe.comparison import transformers_capture as hf
 from gemloupe.comparison.engines import PLAIN, Engine
-from gemloupe.comparison.operations import embed_scale
-from gemloupe.comparison.tensors import GemloupeTensors, Tensors, TorchTensors
+from gemloupe.comparison.tensors import AdaptedTensors, GemloupeTensors, Tensors, TorchTensors
+from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import quoted
 
 if TYPE_CHECKING:
@@ -63,16 +63,20 @@ class Side(Protocol):
 
 
 class GemloupeSide:
-    """A gemloupe model."""
+    """A gemloupe model, under adapters where it has any."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, adapter: Any = None) -> None:
         self.model = model
+        self.selection = model.adapters.selected(adapter)
         self.tensors: Tensors = GemloupeTensors(model.weights)
+        if self.selection:
+            self.tensors = AdaptedTensors(model.weights, model.config.text, self.selection)
         quantised = any(
             info.dtype not in PLAIN for _, info in model.weights.items() if len(info.shape) > 1
         )
+        label = f"gemloupe, {model.dtype} weights, float32 activations, {model.kv_dtype} cache"
         self.engine = Engine(
-            label=f"gemloupe, {model.dtype} weights, float32 activations, {model.kv_dtype} cache",
+            label=f"{label}, adapter {self.selection.label}" if self.selection else label,
             dtype="float32",
             kv_dtype=model.kv_dtype,
             rounds_inputs=quantised,
@@ -89,7 +93,7 @@ class GemloupeSide:
     def values(
         self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
     ) -> Values:
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"adapter": dict(self.selection.adapters)}
         if experts:
             arguments["edit"] = {f"layers.{i}.router.experts": e for i, e in experts.items()}
         wants_logits = any(name.startswith("logits") for name in names)
@@ -111,18 +115,11 @@ def _has_bfloat16_products() -> bool:
 
 
 def _scale_of(model: Model) -> str:
-    """The dtype that √hidden_size is rounded to, read off an embedding."""
+    """The dtype that √hidden_size is rounded to, "float32" where that makes no difference."""
     size = model.config.text.hidden_size
-    candidates = ("float32", "bfloat16")
     if embed_scale("float32", size) == embed_scale("bfloat16", size):
         return "float32"
-    # The longest of some rows: the padding's may be zero.
-    ids = range(min(64, model.config.text.vocab_size))
-    rows = model.weights.rows("embed_tokens.weight", ids).astype(np.float64)
-    index = int(np.argmax((rows * rows).sum(axis=1)))
-    got = model.run([index], capture=["embed"], logits=None)["embed"][0].astype(np.float64)
-    ratio = float(got @ rows[index]) / float(rows[index] @ rows[index])
-    return min(candidates, key=lambda name: abs(embed_scale(name, size) - ratio))
+    return model.embed_scale
 
 
 class TransformersSide:

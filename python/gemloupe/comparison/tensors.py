@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from gemloupe.adapters.effective import EffectiveWeights
+from gemloupe.adapters.modules import modules_of
+
 if TYPE_CHECKING:
+    from gemloupe.adapters.selection import Selection
+    from gemloupe.config import TextConfig
     from gemloupe.weights import Weights
+
+HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
 
 # Bytes of float64 rows in memory at a time: an embedding of a real model would be gigabytes.
 _BLOCK_BYTES = 64 << 20
@@ -49,6 +57,33 @@ class GemloupeTensors:
         return self._weights.rows(name, range(begin, end))
 
 
+class AdaptedTensors:
+    """The same under adapters: W + ΔW. `HEAD` is the head's, which is no longer the embedding's."""
+
+    def __init__(self, weights: Weights, config: TextConfig, selection: Selection) -> None:
+        self.recent: OrderedDict[tuple[str, int, int], np.ndarray] = OrderedDict()
+        self._weights = weights
+        self._effective = EffectiveWeights(selection)
+        self._modules = {m.weight: m for m in modules_of(config).values() if m.name != "lm_head"}
+        self._modules[HEAD] = modules_of(config)["lm_head"]
+
+    def _stored(self, name: str) -> str:
+        return _EMBEDDING if name == HEAD else name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._weights.info(self._stored(name)).shape)
+
+    def dtype(self, name: str) -> str:
+        return self._weights.info(self._stored(name)).dtype
+
+    def rows(self, name: str, begin: int, end: int) -> np.ndarray:
+        rows = self._weights.rows(self._stored(name), range(begin, end))
+        module = self._modules.get(name)
+        if module is None or module not in self._effective:
+            return rows
+        return self._effective.rows(module, rows, begin)
+
+
 class TorchTensors:
     """A transformers model's parameters and buffers; `state` is name -> torch tensor."""
 
@@ -66,6 +101,11 @@ class TorchTensors:
         tensor = self._state[name].detach()
         part = tensor.reshape(-1, tensor.shape[-1])[begin:end]
         return part.float().cpu().numpy()
+
+
+def head_name(tensors: Tensors) -> str:
+    """What the output matrix is called: it is the embedding where no adapter parts them."""
+    return HEAD if isinstance(tensors, AdaptedTensors) else _EMBEDDING
 
 
 def num_rows(tensors: Tensors, name: str) -> int:

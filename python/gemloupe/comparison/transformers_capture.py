@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
-from gemloupe.comparison.operations import embed_scale as scale_value
+from gemloupe.embed_scale import embed_scale as scale_value
 from gemloupe.errors import missing_extra, quoted
 
 _FAMILY = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")

@@ -20,7 +20,6 @@ from gemloupe.comparison.operations import (
     Captured,
     Context,
     NotCaptured,
-    embed_scale,
     operation_of,
     split_name,
     tensors_of,
@@ -28,6 +27,7 @@ from gemloupe.comparison.operations import (
 from gemloupe.comparison.sides import Values, check_values
 from gemloupe.comparison.tensors import Tensors
 from gemloupe.comparison.weights_difference import WeightsDifference, compare_tensor
+from gemloupe.embed_scale import embed_scale
 
 if TYPE_CHECKING:
     from gemloupe.config import TextConfig
