@@ -137,11 +137,10 @@ def generate(
     patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
     are one).
     `adapter` as in `model.run`; caches remember which adapters their entries come from.
-    `drafter`: what `model.load_drafter` gave, or the path or hub id of such a checkpoint.
-    It guesses tokens that a pass of the model then checks together: the same tokens come, sooner, and
-    `out.drafts` counts the guesses. Rows with edits, captures of patterns, scores, keys, values or
-    means, stop strings, grammars or thinking budgets, and batches of more than four rows, go
-    without guesses.
+    `drafter`: what `model.load_drafter` gave, or the path or hub id of such a checkpoint. It
+    guesses tokens, a pass of the model then checks them together: the same tokens come, sooner;
+    `out.drafts` counts them. Rows with edits, captures of patterns, scores, keys, values or means,
+    stop strings, grammars or thinking budgets, and batches of more than four rows, go without.
     """
     started = time.perf_counter()
     batch = is_batch(x)
