@@ -182,7 +182,8 @@ Status Hooks::ApplyEdit(const PointEdit& edit, const Site& site, Matrix x) {
       const float value = x.row(row)[i];
       // Masked scores, and those of experts that are taken away, are −inf on purpose.
       const bool masked =
-          (site.point == HookPoint::kAttnScores || site.point == HookPoint::kRouterLogits) &&
+          (site.point == HookPoint::kAttnScores || site.point == HookPoint::kAudioAttnScores ||
+           site.point == HookPoint::kRouterLogits) &&
           value < 0.0f;
       if (std::isfinite(value) || (masked && std::isinf(value))) continue;
       return absl::InvalidArgumentError(

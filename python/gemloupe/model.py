@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,7 +24,14 @@ from gemloupe.config import ModelConfig, TextConfig
 from gemloupe.drafter import Drafter
 from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
-from gemloupe.media import Reader, SoftTokens
+from gemloupe.media import Content, Reader, SoftTokens
+from gemloupe.media.audio_tower import (
+    AudioStream,
+    AudioTower,
+    encode_audio,
+    open_tower,
+    read_audio,
+)
 from gemloupe.media.images import DEFAULT_BUDGET
 from gemloupe.media.vision import Vision
 from gemloupe.output import Output
@@ -636,7 +643,11 @@ class Model:
     @functools.cached_property
     def media_reader(self) -> Reader:
         """Reads images, sounds and videos for this model's prompts."""
-        readers = {} if self.vision is None else {"image": self.vision.read}
+        readers: dict[str, Callable[..., Content]] = {}
+        if self.vision is not None:
+            readers["image"] = self.vision.read
+        if towers.has_audio(self.checkpoint):
+            readers["audio"] = lambda value, name: read_audio(self.audio_tower, value, name)
         return Reader(self.config.text.hidden_size, readers)
 
     @functools.cached_property
@@ -670,6 +681,49 @@ class Model:
                 "checkpoint: load the folder or hub id of the whole model"
             )
         return self.vision.encode_image(image, max_soft_tokens)
+
+    @functools.cached_property
+    def audio_tower(self) -> AudioTower:
+        """The audio encoder; its weights are mapped when it is first used.
+
+        ValueError where the checkpoint has none.
+        """
+        options = _core.AudioTowerOptions()
+        for name in ("bfloat16_matmul", "invariant", "threads"):
+            setattr(options, name, getattr(self._options, name))
+        return open_tower(self.checkpoint, options)
+
+    def encode_audio(
+        self,
+        source: Any,
+        sampling_rate: int | None = None,
+        *,
+        capture: Any = (),
+        edit: Any = None,
+        check_finite: bool = False,
+    ) -> SoftTokens:
+        """A sound's soft tokens, float32 [n, D], 25 a second, as the text model reads them.
+
+        `source`: a path, bytes, data URL, or samples [N] or [N, channels] at `sampling_rate` (16
+        kHz without it). Encoders read 30 s; more is cut, as transformers does it, with a warning.
+        Pass the result as `audio=` of `run` and `generate`, as often as you like.
+        `capture` and `edit` (as in `run`) take points of the tower, such as
+        "audio.layers.3.attn.pattern"; positions are those of soft tokens, at "audio.mel" of frames.
+        Captures are `tokens.content.source.captured`, which also tells times and frames of tokens.
+        ValueError for what is no sound, and for models without ears.
+        """
+        return encode_audio(
+            self.audio_tower,
+            source,
+            sampling_rate,
+            capture=capture,
+            edit=edit,
+            check_finite=check_finite,
+        )
+
+    def audio_stream(self, sampling_rate: int | None = None) -> AudioStream:
+        """Encodes sound while it comes; see `AudioStream`."""
+        return AudioStream(self.audio_tower, sampling_rate)
 
     # What gemloupe.generation asks of a model.
 

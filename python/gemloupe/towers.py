@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # The modules whose tensors make a part.
 VISION = ("vision_tower", "vision_embedder", "embed_vision")
+AUDIO = ("audio_tower", "embed_audio")
 ENGINE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Buffers, which transformers doesn't count as parameters.
@@ -22,6 +23,11 @@ BUFFER_NAMES = ("_min", "_max", ".std_bias", ".std_scale", "layer_scalar")
 def has_vision(checkpoint: Checkpoint) -> bool:
     """Whether the files hold what reads images."""
     return "embed_vision" in checkpoint.towers
+
+
+def has_audio(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold what reads sounds, and config.json describes it."""
+    return "embed_audio" in checkpoint.towers and bool(checkpoint.config.raw.get("audio_config"))
 
 
 def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
