@@ -112,7 +112,8 @@ def load(
         file, info = found[name]
         if info.dtype not in ENGINE_DTYPES:
             raise ValueError(
-                f"{files[file]}: {quoted(name)} has the type {info.dtype}; expected F32, BF16 or F16"
+                f"{files[file]}: {quoted(name)} has the type {info.dtype}; expected F32, BF16 "
+                "or F16"
             )
         total += info.end - info.begin
         by_file.setdefault(file, []).append(
