@@ -31,13 +31,17 @@ from gemloupe.prompt import Prompt
 from gemloupe.router_trace import RouterTrace
 from gemloupe.run import Run
 from gemloupe.stream import Piece, Stream
+from gemloupe.transcription import Transcript, transcribe
 
 
 def hook_points(model: Model) -> dict[str, HookPoint]:
     """Every hook point of a model by name, in model order: what `run(capture=...)` takes."""
-    from gemloupe import hooks
+    from gemloupe import hooks, towers
 
-    return hooks.hook_points(model.config.text)
+    points = hooks.hook_points(model.config.text)
+    if towers.has_audio(model.checkpoint):
+        points = points | hooks.hook_points(model.audio_tower.config)
+    return points
 
 
 __all__ = [
@@ -51,6 +55,7 @@ __all__ = [
     "RouterTrace",
     "Run",
     "Stream",
+    "Transcript",
     "__version__",
     "at",
     "attribution",
@@ -71,4 +76,5 @@ __all__ = [
     "record",
     "record_reference",
     "steering_vector",
+    "transcribe",
 ]
