@@ -25,6 +25,8 @@ from gemloupe.conversion import convert
 from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
+from gemloupe.media.boxes import Box, parse_boxes
+from gemloupe.media.videos import video
 from gemloupe.model import Model, load
 from gemloupe.output import Output
 from gemloupe.prompt import Prompt
@@ -35,17 +37,23 @@ from gemloupe.transcription import Transcript, transcribe
 
 
 def hook_points(model: Model) -> dict[str, HookPoint]:
-    """Every hook point of a model by name, in model order: what `run(capture=...)` takes."""
-    from gemloupe import hooks, towers
+    """Every hook point of a model by name, in model order: what `run(capture=...)` takes.
 
-    points = hooks.hook_points(model.config.text)
+    Those of its towers ("vision.…", "audio.…") come first.
+    """
+    from gemloupe import hooks, towers
+    from gemloupe.media.vision_hooks import vision_points
+
+    seen = {} if model.vision is None else vision_points(model.vision.config)
+    heard: dict[str, HookPoint] = {}
     if towers.has_audio(model.checkpoint):
-        points = points | hooks.hook_points(model.audio_tower.config)
-    return points
+        heard = hooks.hook_points(model.audio_tower.config)
+    return {**seen, **heard, **hooks.hook_points(model.config.text)}
 
 
 __all__ = [
     "Activations",
+    "Box",
     "HookPoint",
     "KvCache",
     "Model",
@@ -71,10 +79,12 @@ __all__ = [
     "load",
     "logit_lens",
     "open_activations",
+    "parse_boxes",
     "patching_grid",
     "plot",
     "record",
     "record_reference",
     "steering_vector",
     "transcribe",
+    "video",
 ]

@@ -181,7 +181,7 @@ def pieces(blocks: Iterable[np.ndarray], longest: float = MAX_SECONDS) -> Iterat
 
 
 def quiet_place(samples: np.ndarray, first: int) -> int:
-    """The middle of the quietest 0.3 s that begin at sample `first` or later; the last of equals."""
+    """The middle of the quietest 0.3 s from sample `first` on; the last of equals."""
     hops = len(samples) // _HOP
     energy = (samples[: hops * _HOP].astype(np.float64).reshape(hops, _HOP) ** 2).sum(axis=1)
     sums = np.concatenate([[0.0], np.cumsum(energy)])
