@@ -127,6 +127,35 @@ def test_edited_soft_tokens_are_what_the_text_model_reads(
     assert run.media[0].content.source.times.shape == (len(tokens), 2)
 
 
+def test_a_run_looks_into_the_tower_and_changes_it(model: gl.Model, clip: np.ndarray) -> None:
+    edit = {"audio.layers.1.ffn2.out": gl.edits.scale(0.5)}
+    points = ["audio.layers.1.attn.pattern", "audio.soft_tokens", "embed"]
+
+    run = model.run("the <|audio|>", audio=clip, edit=edit, capture=points)
+
+    tokens = model.encode_audio(clip, edit=edit, capture=points[:2])
+    np.testing.assert_array_equal(run["audio.soft_tokens"], tokens)
+    np.testing.assert_array_equal(run[points[0]], captured(tokens)[points[0]])
+    np.testing.assert_array_equal(run["embed"][run.prompt.positions("audio")], tokens)
+
+
+def test_several_sounds_give_a_capture_each(model: gl.Model, clip: np.ndarray) -> None:
+    run = model.run("<|audio|><|audio|>", audio=[clip, clip[:5000]], capture="audio.encoded")
+
+    assert [len(value) for value in run["audio.encoded"]] == [19, 8]
+
+
+def test_a_run_without_a_sound_has_no_tower(model: gl.Model, clip: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="points of the audio tower, but there is no sound"):
+        model.run("the", capture="audio.encoded")
+    tokens = np.asarray(model.encode_audio(clip))
+    with pytest.raises(ValueError, match="soft tokens of an unknown sound"):
+        model.run("<|audio|>", audio=tokens, capture="audio.encoded")
+    kept = model.run("<|audio|>", audio=clip, keep=True)
+    with pytest.raises(ValueError, match="a repeated run encodes no sound"):
+        model.run(kept, capture="audio.encoded")
+
+
 def test_hook_points_of_the_tower_are_listed(model: gl.Model) -> None:
     points = gl.hook_points(model)
 
