@@ -25,6 +25,8 @@ from gemloupe.conversion import convert
 from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
+from gemloupe.media.boxes import Box, parse_boxes
+from gemloupe.media.videos import video
 from gemloupe.model import Model, load
 from gemloupe.output import Output
 from gemloupe.prompt import Prompt
@@ -34,14 +36,20 @@ from gemloupe.stream import Piece, Stream
 
 
 def hook_points(model: Model) -> dict[str, HookPoint]:
-    """Every hook point of a model by name, in model order: what `run(capture=...)` takes."""
-    from gemloupe import hooks
+    """Every hook point of a model by name, in model order: what `run(capture=...)` takes.
 
-    return hooks.hook_points(model.config.text)
+    Those of its vision tower ("vision.…") come first.
+    """
+    from gemloupe import hooks
+    from gemloupe.media.vision_hooks import vision_points
+
+    seen = {} if model.vision is None else vision_points(model.vision.config)
+    return {**seen, **hooks.hook_points(model.config.text)}
 
 
 __all__ = [
     "Activations",
+    "Box",
     "HookPoint",
     "KvCache",
     "Model",
@@ -66,9 +74,11 @@ __all__ = [
     "load",
     "logit_lens",
     "open_activations",
+    "parse_boxes",
     "patching_grid",
     "plot",
     "record",
     "record_reference",
     "steering_vector",
+    "video",
 ]

@@ -318,6 +318,12 @@ class Captured(Mapping[str, Any]):
         kept = {name: self._arrays[name] for name in names}
         return Captured(kept, {name: self._positions[name] for name in kept}, self._config)
 
+    def with_more(self, arrays: Mapping[str, Any], positions: Mapping[str, np.ndarray]) -> Captured:
+        """The same with these captures before its own."""
+        if not arrays:
+            return self
+        return Captured({**arrays, **self._arrays}, {**positions, **self._positions}, self._config)
+
     def _key(self, name: str) -> str:
         if name in self._arrays:
             return name

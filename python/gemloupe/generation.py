@@ -20,7 +20,7 @@ from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.guide import AnswerForm, RowGuide, ThoughtBudget, answer_ends
-from gemloupe.media import Reader, engine_input
+from gemloupe.media import Reader, engine_input, media_parts
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch, prepare
@@ -200,9 +200,14 @@ def generate(
 def chat(
     model: GenerationModel, message: str | Sequence[Mapping[str, Any]], **arguments: Any
 ) -> Output | list[Output] | Stream:
-    """Answers one user message, or a list of messages, with `generate`'s arguments."""
+    """Answers one user message, or a list of messages, with `generate`'s arguments.
+
+    Images, sounds and videos of a message that is a str stand before its text.
+    """
     if isinstance(message, str):
-        message = [{"role": "user", "content": message}]
+        parts = media_parts(arguments)
+        content = [*parts, {"type": "text", "text": message}] if parts else message
+        message = [{"role": "user", "content": content}]
     return generate(model, message, **arguments)
 
 

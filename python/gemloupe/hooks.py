@@ -38,6 +38,8 @@ class HookPoint:
     ".output.1": the second of several outputs); "" where no module has it."""
     transformer_lens: str = ""
     """TransformerLens's name; "" where it has none."""
+    row_shape: tuple[int, ...] | None = None
+    """The shape of one row where the text model's config does not tell it."""
 
 
 def before(name: str) -> str:
@@ -91,8 +93,8 @@ def _hook_points(config: Config) -> dict[str, HookPoint]:
     def add(index: int, layer: int) -> None:
         name, _, shape, editable, transformers, lens = table[index][1]
         full = f"layers.{layer}.{name}" if layer >= 0 else name
-        names = (text.replace("{i}", str(layer)) for text in (transformers, lens))
-        points[full] = HookPoint(full, shape, index, layer, editable, *names)
+        theirs, lens = (text.replace("{i}", str(layer)) for text in (transformers, lens))
+        points[full] = HookPoint(full, shape, index, layer, editable, theirs, lens)
 
     for i, row in table[:first]:
         if row[0] == "embed" or config.hidden_size_per_layer_input:
@@ -140,6 +142,8 @@ def _layer_has(config: TextConfig, layer: int, name: str) -> bool:
 
 def point_shape(point: HookPoint, config: Config) -> tuple[int, ...]:
     """The shape of one row: `point.shape` without T; -1 for S, and [S] for scores and patterns."""
+    if point.row_shape is not None:
+        return point.row_shape
     letters = point.shape.strip("[]").split(", ")
     if "N, T, S" in point.shape:
         return (-1,)
@@ -261,6 +265,8 @@ def _no_match(
                 f"those of layer {source}; capture {quoted(there)}, or "
                 f"{quoted(f'layers.{layer}.attn.keys')} for what it reads"
             )
+    if pattern.startswith("vision."):
+        return f"{quoted(pattern)} is of the vision tower, which only model.run looks into"
     matches = close_matches(pattern, points)
     hint = f"did you mean {one_of(matches)}?" if matches else "gl.hook_points(model) lists them all"
     return f"{quoted(pattern)} matches no hook point of this model; {hint}"

@@ -642,7 +642,7 @@ class Model:
         """Reads images, sounds and videos for this model's prompts."""
         readers: dict[str, Callable[..., Content]] = {}
         if self.vision is not None:
-            readers["image"] = self.vision.read
+            readers |= {"image": self.vision.read, "video": self.vision.read_video}
         if towers.has_audio(self.checkpoint):
             readers["audio"] = lambda value, name: read_audio(self.audio_tower, value, name)
         return Reader(self.config.text.hidden_size, readers)
@@ -672,12 +672,25 @@ class Model:
         take the result in place of the image. ValueError for what is no image, and where the model
         reads none; ImportError without Pillow (`pip install gemloupe[media]`).
         """
+        return self._eyes().encode_image(image, max_soft_tokens)
+
+    def encode_video(self, video: Any) -> SoftTokens:
+        """Soft tokens float32 [n, D] of a video's frames, one frame after the other.
+
+        `video`: a path or bytes of a file (with PyAV: `pip install gemloupe[video]`), a list of
+        frames, an array uint8 [F, H, W, 3], or what `gl.video(…)` made of one, which says how many
+        frames are read and of how many soft tokens (32 of up to 70). Errors as in `encode_image`.
+        """
+        content = self._eyes().read_video(video, "video")
+        return SoftTokens.of(content.soft_tokens, content)
+
+    def _eyes(self) -> Vision:
         if self.vision is None:
             raise ValueError(
                 f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
                 "checkpoint: load the folder or hub id of the whole model"
             )
-        return self.vision.encode_image(image, max_soft_tokens)
+        return self.vision
 
     @functools.cached_property
     def audio_tower(self) -> AudioTower:

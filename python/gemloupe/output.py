@@ -66,6 +66,12 @@ class Output:
     cached_ids: np.ndarray | None = field(default=None, repr=False)
     """Ids that a cache held before the prompt [S]."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Results travel between processes; the cache, which is the engine's, does not.
+        state = {**self.__dict__, "cache": None}
+        state.pop("_answer", None)
+        return state
+
     @functools.cached_property
     def _answer(self) -> AnswerReader:
         ids = self.prompt.ids

@@ -196,8 +196,8 @@ def open_tower(checkpoint: Checkpoint, options: _core.AudioTowerOptions) -> Audi
     config = read_audio_config(checkpoint.config, mel.feature_size)
     if config is None or not towers.has_audio(checkpoint):
         raise ValueError(
-            f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B checkpoint: "
-            "load the folder or hub id of the whole model"
+            f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B "
+            "checkpoint: load the folder or hub id of the whole model"
         )
     weights = towers.weights(checkpoint, towers.AUDIO)
     core_config = _core.AudioConfig()
