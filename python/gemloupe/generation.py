@@ -181,11 +181,12 @@ def generate(
         model.config.text.vocab_size,
     )
     hooked = capturing.Options(capture, routing, check_finite)
-    requests = [
-        capturing.parse(hooked, of_row, model.config.text)
-        for of_row in capturing.row_edits(edit, len(prompts) if batch else None)
-    ]
     selected = model.adapters.rows(adapter, len(prompts) if batch else None)
+    row_edits = capturing.row_edits(edit, len(prompts) if batch else None)
+    requests = [
+        capturing.parse(hooked, of_row, model.config.text, adapters)
+        for of_row, adapters in zip(row_edits, selected, strict=True)
+    ]
     given_tools = parse_tools(tools)
     row_tools = [_row_tools(prompt, given_tools, max_tool_rounds) for prompt in prompts]
     guides = _guides(model, prompts, options, response_format, batch)
