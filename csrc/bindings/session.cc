@@ -47,6 +47,8 @@ void BindSession(py::module_& module) {
       .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.")
       .def_readwrite("mask", &RowRequest::mask, "A TokenMask that is asked for every token.")
       .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.")
+      .def_readwrite("drafter", &RowRequest::drafter, "A Drafter of this model, or None.")
+      .def_readwrite("draft_tokens", &RowRequest::draft_tokens, "Most guesses of a pass.")
       .def_property(
           "adapters", nullptr,
           [](RowRequest& request, const PyAdapterMix& adapters) {
@@ -89,6 +91,14 @@ void BindSession(py::module_& module) {
                 WithoutGil([&] { return session.Step([&] { return stopped(); }); }));
           },
           "Runs one pass: a chunk of a prompt, or one token of each row.")
+      .def(
+          "drafts",
+          [](const Session& session, int row) {
+            const DraftCounts counts =
+                ValueOrThrow(WithoutGil([&] { return session.Drafts(row); }));
+            return py::make_tuple(counts.passes, counts.drafted, counts.accepted);
+          },
+          py::arg("row"), "(passes that checked guesses, guesses, those that were right).")
       .def(
           "cancel",
           [](Session& session, int row) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "models/drafter.h"
 #include "models/text_model.h"
 #include "runtime/run.h"
 #include "runtime/sampler.h"
@@ -32,6 +33,18 @@ struct RowRequest {
   std::shared_ptr<TokenMask> mask;          // asked before every token; null: any id
   std::shared_ptr<const MediaInput> media;  // of the ids; null: words only
   AdapterMix adapters;
+  // Guesses tokens that a pass then checks together; null: none. The tokens are those that the row would
+  // choose without. Rows with edits, captures that keep no rows, or a mask go without guesses, and so
+  // do more than half a pass of rows.
+  std::shared_ptr<Drafter> drafter;
+  int64_t draft_tokens = 4;  // the most of a pass
+};
+
+// What became of a row's guesses.
+struct DraftCounts {
+  int64_t passes = 0;  // that checked guesses
+  int64_t drafted = 0;
+  int64_t accepted = 0;
 };
 
 // What one step did to one row.
@@ -64,6 +77,7 @@ class Session {
   Status Rollback(int row);
   // Rows that are not finished.
   int active() const;
+  StatusOr<DraftCounts> Drafts(int row) const;
   // The cache of a row, finished or not.
   StatusOr<std::shared_ptr<KvCache>> Cache(int row) const;
 
@@ -79,12 +93,17 @@ class Session {
     int32_t last_token = -1;  // chosen, not yet in the cache
     std::vector<TokenLogprobs> prompt_logprobs;
     bool done = false;
+    std::vector<float> hidden;  // [D] after the final norm, of which last_token was chosen
+    DraftCounts drafts;
+    double acceptance = 0.7;  // of a guess, as lately seen
   };
 
   Status CheckRow(int row) const;
   StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
                                            const std::function<bool()>& stopped);
+  static void CountDrafts(int64_t drafted, int64_t accepted, Row& row);
+  StatusOr<std::vector<std::vector<int32_t>>> Draft(const std::vector<int>& rows);
   StatusOr<StepResult> Choose(int row, float* logits, const std::function<bool()>& stopped);
 
   std::shared_ptr<TextModel> model_;
@@ -92,8 +111,10 @@ class Session {
   // One thread at a time; an edit function may end rows of the step that calls it.
   mutable std::recursive_mutex mutex_;
   std::vector<std::unique_ptr<Row>> rows_;
-  size_t next_decode_ = 0;  // where the next group of decoding rows begins
+  size_t next_decode_ = 0;    // where the next group of decoding rows begins
+  bool decode_next_ = false;  // a prompt's chunk was the last pass: who decodes is not kept waiting
   std::vector<float> logits_;
+  std::vector<float> final_norm_;
 };
 
 }  // namespace gemloupe

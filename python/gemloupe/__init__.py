@@ -33,18 +33,22 @@ from gemloupe.prompt import Prompt
 from gemloupe.router_trace import RouterTrace
 from gemloupe.run import Run
 from gemloupe.stream import Piece, Stream
+from gemloupe.transcription import Transcript, transcribe
 
 
 def hook_points(model: Model) -> dict[str, HookPoint]:
     """Every hook point of a model by name, in model order: what `run(capture=...)` takes.
 
-    Those of its vision tower ("vision.…") come first.
+    Those of its towers ("vision.…", "audio.…") come first.
     """
-    from gemloupe import hooks
+    from gemloupe import hooks, towers
     from gemloupe.media.vision_hooks import vision_points
 
     seen = {} if model.vision is None else vision_points(model.vision.config)
-    return {**seen, **hooks.hook_points(model.config.text)}
+    heard: dict[str, HookPoint] = {}
+    if towers.has_audio(model.checkpoint):
+        heard = hooks.hook_points(model.audio_tower.config)
+    return {**seen, **heard, **hooks.hook_points(model.config.text)}
 
 
 __all__ = [
@@ -59,6 +63,7 @@ __all__ = [
     "RouterTrace",
     "Run",
     "Stream",
+    "Transcript",
     "__version__",
     "at",
     "attribution",
@@ -80,5 +85,6 @@ __all__ = [
     "record",
     "record_reference",
     "steering_vector",
+    "transcribe",
     "video",
 ]

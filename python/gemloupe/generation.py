@@ -19,6 +19,7 @@ from gemloupe import routing as _routing
 from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
+from gemloupe.drafter import DraftCounts, Drafter
 from gemloupe.guide import AnswerForm, RowGuide, ThoughtBudget, answer_ends
 from gemloupe.media import Reader, engine_input, media_parts
 from gemloupe.output import Output, Timings, TokenLogprobs
@@ -39,12 +40,9 @@ if TYPE_CHECKING:
 _BAR_TOKENS = 2048
 # What separates the seeds of a row's rounds: 2^64 divided by the golden ratio.
 _ROUND_SEED = 0x9E3779B97F4A7C15
+
+
 # Arguments of the contract that later versions understand, with the value that means nothing.
-_LATER: dict[str, Any] = {
-    "drafter": None,
-}
-
-
 class GenerationModel(Protocol):
     """What this module needs of a model."""
 
@@ -73,6 +71,9 @@ class GenerationModel(Protocol):
 
     @property
     def adapters(self) -> Adapters: ...
+
+    def drafter(self, drafter: Any) -> Drafter:
+        """Returns what a call's `drafter` stands for."""
 
 
 def generate(
@@ -136,9 +137,11 @@ def generate(
     patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
     are one).
     `adapter` as in `model.run`; caches remember which adapters their entries come from.
+    `drafter`: what `model.load_drafter` gave, or the path or hub id of such a checkpoint. It
+    guesses tokens, a pass of the model then checks them together: the same tokens come, sooner;
+    `out.drafts` counts them. Rows with edits, captures of patterns, scores, keys, values or means,
+    stop strings, grammars or thinking budgets, and batches of more than four rows, go without.
     """
-    later = {"drafter": drafter}
-    _refuse_later(later)
     started = time.perf_counter()
     batch = is_batch(x)
     caches = row_caches(cache, len(x) if batch else None)
@@ -192,7 +195,8 @@ def generate(
             prompts, options, caches, requests, selected, guides, row_tools, strict=True
         )
     ]
-    generation = Generation(model, rows, softcap_value(softcap), stream)
+    used = None if drafter is None else model.drafter(drafter)
+    generation = Generation(model, rows, softcap_value(softcap), stream, used)
     result = Stream(generation, batch)
     return result if stream else result.result
 
@@ -209,14 +213,6 @@ def chat(
         content = [*parts, {"type": "text", "text": message}] if parts else message
         message = [{"role": "user", "content": content}]
     return generate(model, message, **arguments)
-
-
-def _refuse_later(arguments: Mapping[str, Any]) -> None:
-    for name, nothing in _LATER.items():
-        value = arguments[name]
-        if value is nothing:
-            continue
-        raise ValueError(f"{name}= is not in this version of generate; leave it out")
 
 
 def _row_tools(prompt: Prompt, given: list[Tool] | None, max_rounds: Any) -> list[Tool]:
@@ -452,8 +448,10 @@ class Generation:
         rows: Sequence[_Row],
         softcap: float | None,
         stream: bool,
+        drafter: Drafter | None = None,
     ) -> None:
         self._model = model
+        self._drafter = drafter
         self._rows = rows
         self._session = model.new_session()
         self._softcap = softcap
@@ -511,6 +509,10 @@ class Generation:
         request.prompt_logprobs = options.prompt_logprobs or -1
         request.softcap = self._softcap
         request.mask = row.guide.mask if row.guide else None
+        # A stop string is found after a pass: guesses behind it would stay in the cache.
+        if self._drafter is not None and not options.stop_strings:
+            request.drafter = self._drafter.core
+            request.draft_tokens = self._drafter.max_tokens
         request.hooks = row.hooks.core if row.hooks else None
         if row.adapters:
             request.adapters = row.adapters.core
@@ -523,7 +525,7 @@ class Generation:
         return all(row.finish_reason for row in self._rows)
 
     def step(self) -> list[Piece]:
-        """Runs one pass, or the tools that a row called; returns its pieces, at most one a row."""
+        """Runs one pass, or the tools that a row called; returns its pieces in order."""
         for index, row in enumerate(self._rows):
             if row.must_run and not row.finish_reason:
                 return [self._run_calls(index)]
@@ -533,12 +535,15 @@ class Generation:
         if not results and not self.done:
             raise RuntimeError("the session has no rows left to step, but not all have ended")
         pieces = []
+        seen: set[int] = set()
         for result in results:
             index = self._numbers.index(result.row)
             row = self._rows[index]
             if row.finish_reason:  # another thread closed the stream while this step ran
                 continue
-            piece = row.take(result, seconds)
+            # Guesses that were right come as several results of one pass.
+            piece = row.take(result, 0.0 if index in seen else seconds)
+            seen.add(index)
             if not row.rounds:
                 self._bar.show(index, result.prefilled)
             if row.finish_reason == "stop" and not result.finish_reason:
@@ -607,6 +612,9 @@ class Generation:
         """Returns one output a row, the same ones whenever it is asked after all rows ended."""
         if self._outputs is None:
             self._outputs = [row.output(self._cache(i)) for i, row in enumerate(self._rows)]
+            if self._drafter is not None:
+                for number, output in zip(self._numbers, self._outputs, strict=True):
+                    output.drafts = DraftCounts(*self._session.drafts(number))
             _routing.count((output.routing for output in self._outputs), self._collectors)
         return self._outputs
 

@@ -120,8 +120,8 @@ def _tower_points(config: TowerConfig) -> dict[str, HookPoint]:
     points: dict[str, HookPoint] = {}
     for (index, (name, _, shape, editable, transformers, lens)), layer in places:
         full = f"{config.tower}.layers.{layer}.{name}" if layer >= 0 else f"{config.tower}.{name}"
-        aliases = (text.replace("{i}", str(layer)) for text in (transformers, lens))
-        points[full] = HookPoint(full, shape, index, layer, editable, *aliases)
+        theirs, lens = (text.replace("{i}", str(layer)) for text in (transformers, lens))
+        points[full] = HookPoint(full, shape, index, layer, editable, theirs, lens)
     return points
 
 

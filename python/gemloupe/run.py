@@ -14,7 +14,7 @@ from gemloupe.adapters.selection import Selection
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
-from gemloupe.media import Medium, engine_input, vision_hooks
+from gemloupe.media import Medium, audio_hooks, engine_input, vision_hooks
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
@@ -121,6 +121,7 @@ def run(
     if routing is None:  # A trace of all layers would make a repeated run begin at the first.
         routing = False if isinstance(x, Run) else "full"
     capture, tower_capture = vision_hooks.split_capture(capture)
+    capture, sound_capture = vision_hooks.split_capture(capture, audio_hooks.PREFIX)
     hooked = capturing.Options(capture, routing, check_finite)
     collectors = _routing.collectors(model)
     if isinstance(x, Run):
@@ -134,6 +135,8 @@ def run(
             )
         if tower_capture or vision_hooks.split_edit(edit)[1]:
             raise ValueError("a repeated run encodes no image; run the prompt and image anew")
+        if sound_capture or vision_hooks.split_edit(edit, audio_hooks.PREFIX)[1]:
+            raise ValueError("a repeated run encodes no sound; run the prompt and sound anew")
         request = capturing.parse(hooked, edit, model.config.text)
         _check_logits(logits, request)
         repeated = _rerun(
@@ -157,9 +160,11 @@ def run(
         videos=videos,
         max_soft_tokens=max_soft_tokens,
     )
-    requests, towers = [], []
+    requests, towers, sounds = [], [], []
     for of_row in capturing.row_edits(edit, rows):
         of_text, of_tower = vision_hooks.split_edit(of_row)
+        of_text, of_sound = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
+        sounds.append(audio_hooks.AudioRequest(sound_capture, of_sound, check_finite))
         requests.append(capturing.parse(hooked, of_text, model.config.text))
         towers.append(vision_hooks.parse(model.vision, tower_capture, of_tower, check_finite))
     _check_logits(logits, requests[0])
@@ -170,8 +175,9 @@ def run(
         with cache_edits.forgotten_on_error(caches):
             for i, prompt in enumerate(prompts if batch else [prompts]):
                 options = _RowOptions(
-                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i]
-                )
+                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i],
+                    sounds[i],
+                )  # fmt: skip
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
@@ -192,6 +198,7 @@ class _RowOptions:
     adapters: Selection
     keep: bool = False
     tower: vision_hooks.VisionRequest | None = None
+    sounds: audio_hooks.AudioRequest | None = None
 
 
 def _check_logits(logits: LogitsRows, request: capturing.Request) -> None:
@@ -222,7 +229,11 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     if options.tower:
         assert model.vision is not None
         seen = vision_hooks.encode(model.vision, prompt, options.tower, text, options.row)
-    media = engine_input(prompt.media, model.config, soft_tokens=seen.soft_tokens)
+    heard = audio_hooks.Heard()
+    if options.sounds:
+        heard = audio_hooks.encode(model.audio_tower, prompt, options.sounds)
+    soft_tokens = seen.soft_tokens | heard.soft_tokens
+    media = engine_input(prompt.media, model.config, soft_tokens=soft_tokens)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
         options.chunk, adapters=options.adapters.core, media=media,
@@ -230,7 +241,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
         captured, trace = bound.take(prompt.ids, lambda: prompt.tokens, joined=True)
-    captured = captured.with_more(seen.arrays, seen.positions)
+    captured = captured.with_more(seen.arrays | heard.arrays, seen.positions | heard.positions)
     kept = None
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)

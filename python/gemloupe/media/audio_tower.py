@@ -199,7 +199,13 @@ def open_tower(checkpoint: Checkpoint, options: _core.AudioTowerOptions) -> Audi
             f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B "
             "checkpoint: load the folder or hub id of the whole model"
         )
-    weights = towers.weights(checkpoint, towers.AUDIO)
+    return make_tower(config, towers.weights(checkpoint, towers.AUDIO), options, mel)
+
+
+def make_tower(
+    config: AudioConfig, weights: _core.Weights, options: _core.AudioTowerOptions, mel: MelOptions
+) -> AudioTower:
+    """Builds a tower on weights under their names in a checkpoint, without "model."."""
     core_config = _core.AudioConfig()
     for field in dataclasses.fields(config):
         setattr(core_config, field.name, getattr(config, field.name))

@@ -73,30 +73,32 @@ def _row_shape(shape: str, name: str, config: VisionConfig) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in shape.strip("[]").split(", ")[1:])
 
 
-def split_capture(capture: Any) -> tuple[Any, dict[str, Any]]:
-    """Returns `capture` without the points of the vision tower, and these alone."""
+def split_capture(capture: Any, prefix: str = PREFIX) -> tuple[Any, dict[str, Any]]:
+    """Returns `capture` without the points of the tower whose prefix it is, and these alone."""
     if isinstance(capture, str):
         capture = [capture]
     if isinstance(capture, Mapping):
-        seen = {name: how for name, how in capture.items() if _is_vision(name)}
+        seen = {name: how for name, how in capture.items() if _begins(name, prefix)}
         return {name: how for name, how in capture.items() if name not in seen}, seen
     names = list(capture or ())
-    return [n for n in names if not _is_vision(n)], {n: None for n in names if _is_vision(n)}
+    return [n for n in names if not _begins(n, prefix)], {
+        n: None for n in names if _begins(n, prefix)
+    }
 
 
-def split_edit(edit: Any) -> tuple[Any, list[tuple[str, Any]]]:
-    """Returns `edit` without the points of the vision tower, and these alone, in order."""
+def split_edit(edit: Any, prefix: str = PREFIX) -> tuple[Any, list[tuple[str, Any]]]:
+    """Returns `edit` without the points of this tower, and these alone, in order."""
     mappings = [edit] if isinstance(edit, Mapping) else edit
     if not isinstance(mappings, (list, tuple)) or not all(isinstance(m, Mapping) for m in mappings):
         return edit, []
-    seen = [(name, value) for m in mappings for name, value in m.items() if _is_vision(name)]
+    seen = [(name, value) for m in mappings for name, value in m.items() if _begins(name, prefix)]
     if not seen:
         return edit, []
-    return [{n: v for n, v in m.items() if not _is_vision(n)} for m in mappings], seen
+    return [{n: v for n, v in m.items() if not _begins(n, prefix)} for m in mappings], seen
 
 
-def _is_vision(name: Any) -> bool:
-    return isinstance(name, str) and name.startswith(PREFIX)
+def _begins(name: Any, prefix: str) -> bool:
+    return isinstance(name, str) and name.startswith(prefix)
 
 
 @dataclass(frozen=True)
