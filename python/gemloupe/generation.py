@@ -30,7 +30,7 @@ from gemloupe.stream import Piece, Stream
 from gemloupe.structured import compiler, parse_response_format
 from gemloupe.tokenizer import Tokenizer
 from gemloupe.tool_rounds import check_template, next_prompt
-from gemloupe.tools import Tool, ToolResult, can_run, parse_tools, run_tools
+from gemloupe.tools import Tool, can_run, parse_tools, run_tools
 
 if TYPE_CHECKING:
     from gemloupe.adapters.registry import Adapters
@@ -365,12 +365,8 @@ class _Row:
         ended = self.finish_reason == "stop" and self.ids[-1] in self.options.end_ids
         return ended and bool(self.calls)
 
-    def next_round(self, results: list[ToolResult], prompt: Prompt, cached: np.ndarray) -> None:
-        """Begins the round that reads `prompt`, the results of this one's calls."""
-        self.finish_reason = "tool_calls"
-        ended = self.output(None)
-        ended.tool_results = tuple(results)
-        ended.rounds = ()
+    def next_round(self, ended: Output, prompt: Prompt, cached: np.ndarray) -> None:
+        """Begins the round that reads `prompt`, the results of the calls of the one that ended."""
         self.rounds.append(ended)
         self.prompt = prompt
         self.cached_ids = cached
@@ -569,10 +565,12 @@ class Generation:
         """Runs what a row called, and lets it go on with the results."""
         row, number = self._rows[index], self._numbers[index]
         results = run_tools(row.tools, row.calls)
-        said = row.output(None).message
-        prompt = next_prompt(row.prompt, said, results)
+        row.finish_reason = "tool_calls"
+        ended = row.output(None)
+        ended.tool_results, ended.rounds = tuple(results), ()
+        prompt = next_prompt(row.prompt, ended.message, results)
         cache = self._session.cache(number)
-        row.next_round(results, prompt, _tokens(cache))
+        row.next_round(ended, prompt, _tokens(cache))
         self._bind_hooks(row, index)
         try:
             self._numbers[index] = self._session.submit(self._request(row, cache))
