@@ -47,7 +47,7 @@ FORMS: dict[str, Any] = {
 
 def random_vocabulary(folder: Path, size: int) -> None:
     """Writes a byte-fallback BPE tokenizer of `size` pieces whose lengths are like a real one's."""
-    from tokenizers import AddedToken, models, normalizers
+    from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
 
     generator = np.random.default_rng(0)
@@ -70,6 +70,8 @@ def random_vocabulary(folder: Path, size: int) -> None:
     vocab = {piece: index for index, piece in enumerate(seen)}
     backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace(" ", "\u2581")
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
     backend.add_special_tokens([AddedToken(piece, special=True) for piece in special])
     backend.save(str(folder / "tokenizer.json"))
 

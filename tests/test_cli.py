@@ -293,3 +293,30 @@ def test_generate_on_a_real_checkpoint(tiny: Callable, capsys: pytest.CaptureFix
         assert cli.main([*argv, "--max-new-tokens", "6"]) == 0
         outputs.append(json.loads(capsys.readouterr().out))
     assert outputs[0]["ids"] == outputs[1]["ids"] and 1 <= len(outputs[0]["ids"]) <= 6
+
+
+def test_a_json_schema_and_a_thinking_budget_hold_in_generate_and_chat(
+    answer: Callable[..., CliModel],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    schema = tmp_path / "colour.schema.json"
+    schema.write_text('{"enum": ["red", "blue"]}')
+    wish = '<|channel>thought\nabcd\n<channel|>"blue"<eos>'
+    options = ["--thinking", "--max-thinking-tokens", "9", "--json-schema", str(schema)]
+    answer(wish)
+    assert cli.main(["generate", "A colour?", *options, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["text"], shown["reasoning"]) == ('"blue"', "abcd")
+    answer(wish)
+    _type(monkeypatch, "A colour?\n")
+    assert cli.main(["chat", *options]) == 0
+    assert capsys.readouterr().out == '"blue"\n'
+    answer(wish)
+    options[2] = "2"
+    assert cli.main(["generate", "A colour?", *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reasoning"] == "ab"
+    schema.write_text("[]")
+    assert cli.main(["generate", "A colour?", *options]) == 2
+    assert str(schema) in capsys.readouterr().err

@@ -14,6 +14,7 @@ import gemloupe as gl
 from adapter_files import write_adapter
 from gemloupe import _core, help_pages
 from gguf_files import write_gguf
+from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
 
 # Written as a page's own code does: its name, and what it needs in the working folder.
 GGUF = "model-Q4_0.gguf"
@@ -23,6 +24,8 @@ ADAPTER = "my-adapter"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(tmp_path / GGUF, docs_blocks.DEMO, tokenizer=docs_blocks.DEMO)
+    seeing = make_tiny("26b", towers="tiny", media_ids=True, vision={"position_embedding_size": 64})
+    save_tiny_tokenizer(save_tiny(seeing, tmp_path / "gemma-4-26B-A4B-it"))
     write_adapter(tmp_path / ADAPTER, docs_blocks.DEMO)
     monkeypatch.chdir(tmp_path)
     return tmp_path

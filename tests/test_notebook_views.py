@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 import gemloupe as gl
@@ -86,3 +88,18 @@ def test_names_from_files_are_escaped(model: gl.Model, monkeypatch: pytest.Monke
     monkeypatch.setattr(model, "checkpoint", named)
     html = model._repr_html_()
     assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+def test_results_travel_between_processes():
+    model = gl.load("demo:moe")
+    ids = model.tokenizer.encode("two plus three")
+    run = model.run(ids, capture="layers.0.resid_post", keep=True)
+    copy = pickle.loads(pickle.dumps(run))
+    np.testing.assert_array_equal(copy["layers.0.resid_post"], run["layers.0.resid_post"])
+    np.testing.assert_array_equal(copy.logits, run.logits)
+    assert copy.routing.tokens(0, 1) == run.routing.tokens(0, 1)
+    assert (copy.cache, copy.model, copy.kept) == (None, None, None)
+    out = model.generate(ids, max_new_tokens=4, temperature=0)
+    copy = pickle.loads(pickle.dumps(out))
+    assert (copy.text, copy.ids.tolist()) == (out.text, out.ids.tolist())
+    assert copy.prompt.tokens == out.prompt.tokens

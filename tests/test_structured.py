@@ -14,12 +14,14 @@ import jsonschema
 import numpy as np
 import pytest
 
+import docs_blocks
 import gemloupe as gl
 from fake_session import FakeModel, tokenizer_folder
 from gemloupe import _core
 from gemloupe.generation import generate
 from gemloupe.output import Output
 from gemloupe.structured import parse_response_format
+from gguf_files import write_gguf
 
 PERSON = {
     "type": "object",
@@ -108,6 +110,21 @@ def test_rows_of_a_batch_have_masks_of_their_own(edge: Any) -> None:
     for seed, (form, out) in enumerate(zip(forms, outs, strict=True)):
         alone = edge.chat(QUESTION, response_format=form, seed=seed)
         assert out.ids.tolist() == alone.ids.tolist()
+
+
+def test_a_gguf_files_vocabulary_serves_as_well(tmp_path: Path) -> None:
+    demo = docs_blocks.DEMO
+    write_gguf(tmp_path / "edge.gguf", demo, tokenizer=demo)
+    model = gl.load(tmp_path / "edge.gguf")
+    out = model.chat(QUESTION, response_format=PERSON, seed=1, thinking=True)
+    jsonschema.validate(json.loads(out.text), PERSON)
+
+
+def test_a_tokenizer_that_llguidance_lacks_is_refused(folder: Path) -> None:
+    model = _model(folder, "x")
+    model.tokenizer.backend.decoder = None
+    with pytest.raises(ValueError, match="llguidance can't use the tokenizer of .*decoder"):
+        _generate(model, response_format="json")
 
 
 def test_tools_thoughts_and_form_together_in_a_stream(edge: Any) -> None:

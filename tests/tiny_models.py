@@ -147,9 +147,10 @@ def make_tiny(
 
     `dtype` is the type that `save_tiny` stores: every weight is rounded to it here, so that the
     returned float32 model and the file hold the same numbers. `towers="tiny"` adds small vision
-    and audio towers to the multimodal class; None leaves them null. `media_ids` gives the config
-    the placeholders' ids of `save_tiny_tokenizer`. `vision` replaces values of the small vision
-    tower's config, `overrides` those of the text config, released spelling.
+    and audio towers to the multimodal class, "audio" an audio tower of more layers whose bounds all
+    act; None leaves them null. `media_ids` gives the config the placeholders' ids of
+    `save_tiny_tokenizer`. `vision` replaces values of the small vision tower's config, `overrides`
+    those of the text config, released spelling.
     """
     text = text_config_values(variant, **overrides)
     if variant == "12b":
@@ -185,8 +186,14 @@ def make_tiny(
 def _tower_configs(variant: str, text: dict[str, Any], towers: str | None) -> dict[str, Any]:
     if towers is None:
         return {"vision_config": None, "audio_config": None}
-    if towers != "tiny":
-        raise ValueError(f"towers must be None or 'tiny', got {towers!r}")
+    if towers not in ("tiny", "audio"):
+        raise ValueError(f"towers must be None, 'tiny' or 'audio', got {towers!r}")
+    if towers == "audio":
+        audio = {"hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 4}
+        audio |= {"output_proj_dims": 26, "residual_weight": 0.55, "conv_kernel_size": 4}
+        audio |= {"attention_logit_cap": 3.0, "gradient_clipping": 1.7, "rms_norm_eps": 1e-3}
+        samples = {"audio_embed_dim": 20, "rms_norm_eps": 1e-3}
+        return {"vision_config": None, "audio_config": samples if variant == "12b" else audio}
     if variant == "12b":
         vision = {"mm_embed_dim": text["hidden_size"], "mm_posemb_size": 16}
         vision |= {"output_proj_dims": text["hidden_size"], "patch_size": 4}

@@ -89,6 +89,7 @@ void BindHooks(pybind11::module_& module);
 void BindGguf(pybind11::module_& module);
 void BindKvCache(pybind11::module_& module);
 void BindWeights(pybind11::module_& module);
+void BindAudioTower(pybind11::module_& module);
 void BindTextModel(pybind11::module_& module);
 void BindSession(pybind11::module_& module);
 void BindVision(pybind11::module_& module);

@@ -199,17 +199,26 @@ void BindHooks(py::module_& module) {
 
   module.def(
       "hook_points",
-      [] {
+      [](const std::string& tower) {
         py::list points;
         for (const HookPointInfo& info : HookPoints()) {
-          if (IsVisionOnly(info.point)) continue;
+          if (info.tower != tower || IsVisionOnly(info.point)) continue;
           points.append(py::make_tuple(info.name, info.per_layer, info.shape, info.editable,
                                        info.transformers, info.transformer_lens));
         }
         return points;
       },
+      py::arg("tower") = "",
       "(name, of every layer?, shape, editable?, transformers path, TransformerLens name) of each "
-      "hook point of the text model, in model order.");
+      "hook point of the text model or the audio tower, in model order.");
+  module.def(
+      "first_hook_point",
+      [](const std::string& tower) {
+        const auto& points = HookPoints();
+        const auto of_tower = [&](const HookPointInfo& info) { return info.tower == tower; };
+        return std::find_if(points.begin(), points.end(), of_tower) - points.begin();
+      },
+      py::arg("tower"), "The index of a tower's first point in the engine's table.");
   module.def(
       "vision_hook_points",
       [] {

@@ -95,6 +95,7 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindDrafter(module);
   gemloupe::BindHooks(module);
   gemloupe::BindTextModel(module);
+  gemloupe::BindAudioTower(module);
   gemloupe::BindSession(module);
   gemloupe::BindVision(module);
   gemloupe::BindSystem(module);

@@ -86,6 +86,42 @@ enum class HookPoint : uint8_t {
   kVisionPooled,
   kVisionStandardized,
   kVisionSoftTokens,
+  // Of the audio tower, which runs by itself before the text model:
+  kAudioMel,
+  kAudioSubsampled,
+  // Of every layer of it:
+  kAudioResidPre,
+  kAudioFfn1Norm,
+  kAudioFfn1Hidden,
+  kAudioFfn1Out,
+  kAudioFfn1Post,
+  kAudioResidFfn1,
+  kAudioAttnNorm,
+  kAudioAttnQProj,
+  kAudioAttnKProj,
+  kAudioAttnQ,
+  kAudioAttnK,
+  kAudioAttnV,
+  kAudioAttnScores,
+  kAudioAttnPattern,
+  kAudioAttnZ,
+  kAudioAttnOut,
+  kAudioAttnPost,
+  kAudioResidMid,
+  kAudioConvNorm,
+  kAudioConvGated,
+  kAudioConvHidden,
+  kAudioConvOut,
+  kAudioResidConv,
+  kAudioFfn2Norm,
+  kAudioFfn2Hidden,
+  kAudioFfn2Out,
+  kAudioFfn2Post,
+  kAudioResidFfn2,
+  kAudioResidPost,
+  // After its last layer:
+  kAudioEncoded,
+  kAudioSoftTokens,
 };
 
 struct HookPointInfo {
@@ -103,23 +139,29 @@ struct HookPointInfo {
   // Whether the layers of the vision tower have it too: as "vision.layers.{i}." and its name, and in
   // transformers as "vision_tower.encoder." and the path. Points of the tower alone have full names.
   bool in_vision = false;
+  // "audio" of the audio tower, whose name comes before all others; "" of the text model. Paths of
+  // transformers begin at its multimodal model.
+  const char* tower = "";
 };
 
 // One row a point, in the order of the enum.
 const std::vector<HookPointInfo>& HookPoints();
 
 // Whether a point is of the vision tower alone.
-inline bool IsVisionOnly(HookPoint point) { return point >= HookPoint::kVisionPatches; }
+inline bool IsVisionOnly(HookPoint point) {
+  return point >= HookPoint::kVisionPatches && point <= HookPoint::kVisionSoftTokens;
+}
 // Whether the rows are positions of the cache, not rows of the pass.
 inline bool IsCached(HookPoint point) {
   return point == HookPoint::kAttnKeys || point == HookPoint::kAttnValues;
 }
 // Whether there is a row for each head and row of the pass: [N, T, S].
 inline bool IsByHead(HookPoint point) {
-  return point == HookPoint::kAttnScores || point == HookPoint::kAttnPattern;
+  return point == HookPoint::kAttnScores || point == HookPoint::kAttnPattern ||
+         point == HookPoint::kAudioAttnScores || point == HookPoint::kAudioAttnPattern;
 }
 
-// "layers.3.resid_post" or "embed".
+// "layers.3.resid_post", "embed" or "audio.layers.0.ffn1.out".
 std::string HookName(HookPoint point, int layer);
 
 }  // namespace gemloupe

@@ -182,7 +182,8 @@ Status Hooks::ApplyEdit(const PointEdit& edit, const Site& site, Matrix x) {
       const float value = x.row(row)[i];
       // Masked scores, and those of experts that are taken away, are −inf on purpose.
       const bool masked =
-          (site.point == HookPoint::kAttnScores || site.point == HookPoint::kRouterLogits) &&
+          (site.point == HookPoint::kAttnScores || site.point == HookPoint::kAudioAttnScores ||
+           site.point == HookPoint::kRouterLogits) &&
           value < 0.0f;
       if (std::isfinite(value) || (masked && std::isinf(value))) continue;
       return absl::InvalidArgumentError(
@@ -250,6 +251,25 @@ void Hooks::Append(Capture& capture, const Site& site, ConstMatrix x) {
           capture.values.push_back(static_cast<float>(std::sqrt(SquareSum(row + begin, group))));
         }
         break;
+    }
+  }
+}
+
+bool Hooks::CanForget() const {
+  const auto has_edits = [](const auto& entry) { return !entry.second.edits.empty(); };
+  const auto keeps_rows = [](const Capture& capture) {
+    return !KeepsOneRow(capture.reduce) && !IsByHead(capture.point) && !IsCached(capture.point);
+  };
+  return std::none_of(points_.begin(), points_.end(), has_edits) &&
+         std::all_of(captures_.begin(), captures_.end(), keeps_rows);
+}
+
+void Hooks::ForgetFrom(int64_t position) {
+  for (Capture& capture : captures_) {
+    while (!capture.positions.empty() && capture.positions.back() >= position) {
+      capture.positions.pop_back();
+      --capture.rows;
+      capture.values.resize(capture.values.size() - static_cast<size_t>(capture.cols));
     }
   }
 }

@@ -73,6 +73,11 @@ struct KernelTable {
   // dst = a · b.
   void (*mul)(float* dst, const float* a, const float* b, int64_t n);
 
+  // dst = x · sigmoid(gate), sigmoid(z) = 1 / (1 + exp(−z)); silu(x) where gate is x. May alias.
+  void (*sigmoid_mul)(float* dst, const float* x, const float* gate, int64_t n);
+  // dst = src, but low where it is below and high where it is above; NaN stays. May alias.
+  void (*clamp)(float* dst, const float* src, float low, float high, int64_t n);
+
   // x ← cap · tanh(x / cap).
   void (*softcap)(float* x, float cap, int64_t n);
 

@@ -127,6 +127,14 @@ void Mul(float* dst, const float* a, const float* b, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = a[i] * b[i];
 }
 
+void SigmoidMul(float* dst, const float* x, const float* gate, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = x[i] / (1.0f + std::exp(-gate[i]));
+}
+
+void Clamp(float* dst, const float* src, float low, float high, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i] < low ? low : src[i] > high ? high : src[i];
+}
+
 void Softcap(float* x, float cap, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = cap * std::tanh(x[i] / cap);
 }
@@ -171,6 +179,8 @@ constinit const KernelTable kTable = {
     .scale = Scale,
     .add_scaled = AddScaled,
     .mul = Mul,
+    .sigmoid_mul = SigmoidMul,
+    .clamp = Clamp,
     .softcap = Softcap,
     .max = Max,
     .exp_sum = ExpSum,

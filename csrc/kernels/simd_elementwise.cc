@@ -80,6 +80,15 @@ void GeluMul(float* dst, const float* gate, const float* up, int64_t n) {
   Map(dst, gate, up, n, [](Vec z, Vec y) { return Mul(GeluTanh(z), y); });
 }
 
+void SigmoidMul(float* dst, const float* x, const float* gate, int64_t n) {
+  Map(dst, x, gate, n, [](Vec v, Vec z) { return Div(v, Add(Set(1.0f), Exp(Sub(Set(0.0f), z)))); });
+}
+
+void Clamp(float* dst, const float* src, float low, float high, int64_t n) {
+  const Vec lowest = Set(low), highest = Set(high);
+  Map(dst, src, n, [=](Vec x) { return Min(highest, Max(lowest, x)); });
+}
+
 void Softcap(float* x, float cap, int64_t n) {
   const Vec c = Set(cap);
   Map(x, x, n, [c](Vec v) { return Mul(c, Tanh(Div(v, c))); });

@@ -51,6 +51,8 @@ void AddScaled(float* dst, const float* src, float factor, int64_t n);
 void Mul(float* dst, const float* a, const float* b, int64_t n);
 
 void GeluMul(float* dst, const float* gate, const float* up, int64_t n);
+void SigmoidMul(float* dst, const float* x, const float* gate, int64_t n);
+void Clamp(float* dst, const float* src, float low, float high, int64_t n);
 void Softcap(float* x, float cap, int64_t n);
 
 float Max(const float* x, int64_t n);

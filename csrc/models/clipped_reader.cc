@@ -1,8 +1,10 @@
 #include "models/clipped_reader.h"
 
+#include <cmath>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "models/weight_names.h"
 
 namespace gemloupe {
@@ -18,6 +20,10 @@ StatusOr<ClippedLinear> ReadClipped(const std::string& matrix, int64_t rows, int
                                     std::pair{&stored.output_min, &linear.output.low},
                                     std::pair{&stored.output_max, &linear.output.high}}) {
     GL_ASSIGN_OR_RETURN(const std::vector<float> value, weights.ReadRows(*name, {0}));
+    if (std::isnan(value.at(0))) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor ", *name, " is nan, expected a bound"));
+    }
     *bound = value.at(0);
   }
   return linear;

@@ -44,8 +44,8 @@ Status VisionModel::Check(const PatchGrid& image) const {
   if (rows < 1 || rows * image.columns != image.patches.rows || rows % cell != 0 ||
       image.columns % cell != 0 || rows > most || image.columns > most) {
     return absl::InvalidArgumentError(absl::StrCat(
-        "an image of ", image.patches.rows, " patches, ", image.columns,
-        " a row, expected rows and columns that are multiples of ", cell, ", at most ", most));
+        "an image of ", rows, " rows of ", image.columns, " patches (", image.patches.rows,
+        " in all), expected rows and columns that are multiples of ", cell, ", at most ", most));
   }
   if (image.patches.cols != config_.patch_values()) {
     return absl::InvalidArgumentError(absl::StrCat("patches have ", image.patches.cols,

@@ -5,8 +5,8 @@
 
 #include "absl/strings/str_cat.h"
 
-// The names of the text decoder's tensors in a checkpoint, without the prefix of the checkpoint's
-// class ("model.language_model." or "model."). The engine spells them nowhere else.
+// The names of tensors in a checkpoint: those of the text decoder without the prefix of the
+// checkpoint's class ("model.language_model." or "model."). The engine spells them nowhere else.
 namespace gemloupe::names {
 
 inline constexpr char kEmbedTokens[] = "embed_tokens.weight";                    // [V, D]
@@ -75,6 +75,41 @@ inline std::string OfLayer(int index, const char* name) {
 }
 
 }  // namespace vision
+
+// Of the audio tower, after the optional "model.".
+namespace audio {
+
+inline constexpr char kPrefix[] = "audio_tower.";                                 // before all but:
+inline constexpr char kProjection[] = "embed_audio.embedding_projection.weight";  // [D, O]
+
+inline constexpr char kSubsampleConv0[] = "subsample_conv_projection.layer0.conv.weight";
+inline constexpr char kSubsampleNorm0[] = "subsample_conv_projection.layer0.norm.weight";
+inline constexpr char kSubsampleConv1[] = "subsample_conv_projection.layer1.conv.weight";
+inline constexpr char kSubsampleNorm1[] = "subsample_conv_projection.layer1.norm.weight";
+inline constexpr char kInputProj[] = "subsample_conv_projection.input_proj_linear.weight";
+inline constexpr char kOutputProj[] = "output_proj.weight";
+inline constexpr char kOutputProjBias[] = "output_proj.bias";
+
+// Of layer i; clipped linears by names that OfClipped takes.
+inline constexpr char kFeedForward1[] = "feed_forward1.";  // before the next four
+inline constexpr char kFeedForward2[] = "feed_forward2.";
+inline constexpr char kPreNorm[] = "pre_layer_norm.weight";
+inline constexpr char kUp[] = "ffw_layer_1.weight";
+inline constexpr char kDown[] = "ffw_layer_2.weight";
+inline constexpr char kPostNorm[] = "post_layer_norm.weight";
+inline constexpr char kAttnNorm[] = "norm_pre_attn.weight";
+inline constexpr char kAttnPost[] = "self_attn.post.weight";
+inline constexpr char kAttnPostNorm[] = "norm_post_attn.weight";
+inline constexpr char kRelativeKProj[] = "self_attn.relative_k_proj.weight";
+inline constexpr char kPerDimScale[] = "self_attn.per_dim_scale";
+inline constexpr char kConvPreNorm[] = "lconv1d.pre_layer_norm.weight";
+inline constexpr char kConvStart[] = "lconv1d.linear_start.weight";
+inline constexpr char kConvDepthwise[] = "lconv1d.depthwise_conv1d.weight";
+inline constexpr char kConvNorm[] = "lconv1d.conv_norm.weight";
+inline constexpr char kConvEnd[] = "lconv1d.linear_end.weight";
+inline constexpr char kNormOut[] = "norm_out.weight";
+
+}  // namespace audio
 
 // The matrix and the bounds of a clipped linear, by the decoder's name for the matrix ("….weight").
 struct Clipped {

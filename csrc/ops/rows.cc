@@ -1,6 +1,5 @@
 #include "ops/rows.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -44,20 +43,34 @@ void LayerNorm(ConstMatrix src, const float* weight, const float* bias, float ep
   });
 }
 
-void Clamp(ConstMatrix src, float low, float high, Matrix dst) {
-  ForRows(dst.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* x = src.row(row);
-      float* out = dst.row(row);
-      for (int64_t i = 0; i < src.cols; ++i) out[i] = std::min(std::max(x[i], low), high);
-    }
-  });
-}
-
 void GeluMul(ConstMatrix gate, ConstMatrix up, Matrix dst) {
   ForRows(dst.rows, 4 * RowBytes(gate), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       Kernels().gelu_mul(dst.row(row), gate.row(row), up.row(row), dst.cols);
+    }
+  });
+}
+
+void SigmoidMul(ConstMatrix x, ConstMatrix gate, Matrix dst) {
+  ForRows(dst.rows, 4 * RowBytes(x), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().sigmoid_mul(dst.row(row), x.row(row), gate.row(row), dst.cols);
+    }
+  });
+}
+
+void Clamp(ConstMatrix src, float low, float high, Matrix dst) {
+  ForRows(dst.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().clamp(dst.row(row), src.row(row), low, high, dst.cols);
+    }
+  });
+}
+
+void AddScaled(ConstMatrix src, float factor, Matrix dst) {
+  ForRows(dst.rows, RowBytes(src), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Kernels().add_scaled(dst.row(row), src.row(row), factor, dst.cols);
     }
   });
 }

@@ -19,6 +19,12 @@ void LayerNorm(ConstMatrix src, const float* weight, const float* bias, float ep
 // dst = gelu_tanh(gate) · up, all [T, F].
 void GeluMul(ConstMatrix gate, ConstMatrix up, Matrix dst);
 
+// dst = x · sigmoid(gate), all [T, F]; silu(x) where gate is x.
+void SigmoidMul(ConstMatrix x, ConstMatrix gate, Matrix dst);
+
+// dst += src · factor.
+void AddScaled(ConstMatrix src, float factor, Matrix dst);
+
 // dst = a + b; dst = src · factor; dst = a · b.
 void Add(ConstMatrix a, ConstMatrix b, Matrix dst);
 void Scale(ConstMatrix src, float factor, Matrix dst);

@@ -213,7 +213,8 @@ StatusOr<std::vector<std::vector<int32_t>>> Session::Draft(const std::vector<int
   for (size_t i = 0; i < indices.size(); ++i) {
     const Row& row = *rows_[static_cast<size_t>(indices[i])];
     const RowRequest& request = row.request;
-    if (request.drafter == nullptr || request.hooks != nullptr || request.mask != nullptr) continue;
+    const bool fixed = request.hooks != nullptr && !request.hooks->CanForget();
+    if (request.drafter == nullptr || request.mask != nullptr || fixed) continue;
     const int64_t most =
         std::min({spare, request.draft_tokens, request.max_new_tokens - row.generated - 1});
     if (most < 1) continue;
@@ -275,6 +276,9 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
     }
     leases[i].get()->Advance(read[i].data(), static_cast<int64_t>(kept));
     if (row.request.drafter == nullptr) continue;
+    if (row.request.hooks != nullptr && kept < read[i].size()) {
+      row.request.hooks->ForgetFrom(row.request.cache->length());
+    }
     const float* hidden =
         final_norm_.data() + (first + static_cast<int64_t>(kept) - 1) * hidden_size;
     row.hidden.assign(hidden, hidden + hidden_size);

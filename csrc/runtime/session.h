@@ -34,7 +34,8 @@ struct RowRequest {
   std::shared_ptr<const MediaInput> media;  // of the ids; null: words only
   AdapterMix adapters;
   // Guesses tokens that a pass then checks together; null: none. The tokens are those that the row would
-  // choose without. Rows with hooks or a mask, and more than half a pass of rows, go without guesses.
+  // choose without. Rows with edits, captures that keep no rows, or a mask go without guesses, and so
+  // do more than half a pass of rows.
   std::shared_ptr<Drafter> drafter;
   int64_t draft_tokens = 4;  // the most of a pass
 };

@@ -25,23 +25,35 @@ from gemloupe.conversion import convert
 from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
+from gemloupe.media.boxes import Box, parse_boxes
+from gemloupe.media.videos import video
 from gemloupe.model import Model, load
 from gemloupe.output import Output
 from gemloupe.prompt import Prompt
 from gemloupe.router_trace import RouterTrace
 from gemloupe.run import Run
 from gemloupe.stream import Piece, Stream
+from gemloupe.transcription import Transcript, transcribe
 
 
 def hook_points(model: Model) -> dict[str, HookPoint]:
-    """Every hook point of a model by name, in model order: what `run(capture=...)` takes."""
-    from gemloupe import hooks
+    """Every hook point of a model by name, in model order: what `run(capture=...)` takes.
 
-    return hooks.hook_points(model.config.text)
+    Those of its towers ("vision.…", "audio.…") come first.
+    """
+    from gemloupe import hooks, towers
+    from gemloupe.media.vision_hooks import vision_points
+
+    seen = {} if model.vision is None else vision_points(model.vision.config)
+    heard: dict[str, HookPoint] = {}
+    if towers.has_audio(model.checkpoint):
+        heard = hooks.hook_points(model.audio_tower.config)
+    return {**seen, **heard, **hooks.hook_points(model.config.text)}
 
 
 __all__ = [
     "Activations",
+    "Box",
     "HookPoint",
     "KvCache",
     "Model",
@@ -51,6 +63,7 @@ __all__ = [
     "RouterTrace",
     "Run",
     "Stream",
+    "Transcript",
     "__version__",
     "at",
     "attribution",
@@ -66,9 +79,12 @@ __all__ = [
     "load",
     "logit_lens",
     "open_activations",
+    "parse_boxes",
     "patching_grid",
     "plot",
     "record",
     "record_reference",
     "steering_vector",
+    "transcribe",
+    "video",
 ]

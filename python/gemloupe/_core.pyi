@@ -406,8 +406,56 @@ def kv_bytes_needed(
     full_sliding: bool = False,
     separate_keys: bool = False,
 ) -> int: ...
-def hook_points() -> list[tuple[str, bool, str, bool, str, str]]: ...
+def hook_points(tower: str = "") -> list[tuple[str, bool, str, bool, str, str]]: ...
+def first_hook_point(tower: str) -> int: ...
 def vision_hook_points() -> list[tuple[int, str, bool, str, bool, str]]: ...
+
+class AudioConfig:
+    text_hidden_size: int
+    rms_norm_eps: float
+    feature_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    subsampling_conv_channels: list[int]
+    conv_kernel_size: int
+    residual_weight: float
+    attention_context_left: int
+    attention_logit_cap: float
+    gradient_clipping: float
+    use_clipped_linears: bool
+    output_proj_dims: int
+    def __init__(self) -> None: ...
+
+class AudioTowerOptions:
+    bfloat16_matmul: bool
+    invariant: bool
+    threads: int
+    def __init__(self) -> None: ...
+
+class AudioState:
+    def __init__(self) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def ended(self) -> bool: ...
+
+class AudioTower:
+    def __init__(
+        self,
+        config: AudioConfig,
+        weights: Weights,
+        options: AudioTowerOptions,
+        progress: Callable[[float], None] | None = None,
+    ) -> None: ...
+    @property
+    def copied_bytes(self) -> int: ...
+    @property
+    def mapped_bytes(self) -> int: ...
+    def encode(
+        self, features: np.ndarray, state: AudioState, last: bool, hooks: Hooks | None = None
+    ) -> np.ndarray: ...
+
 def function_edit(
     function: Callable[[np.ndarray, np.ndarray, bool, int], np.ndarray], tail: Sequence[int]
 ) -> Edit: ...

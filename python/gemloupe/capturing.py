@@ -70,7 +70,7 @@ _TRACE = "trace/"  # Begins the keys of what a router trace is made from.
 
 
 def parse_capture(
-    capture: str | Iterable[str] | Mapping[str, Any], config: TextConfig
+    capture: str | Iterable[str] | Mapping[str, Any], config: hooks.Config
 ) -> tuple[list[Wanted], list[str]]:
     """Returns the points that `capture` names, in model order, and those that layers lack.
 
@@ -98,7 +98,7 @@ def parse_capture(
 
 
 def parse_edit(
-    edit: Any, config: TextConfig
+    edit: Any, config: hooks.Config
 ) -> tuple[list[tuple[hooks.HookPoint, edits.Edit]], list[str]]:
     """Returns (point, edit) in the order written, and the points that layers lack.
 
@@ -147,7 +147,7 @@ class Options:
         object.__setattr__(self, "capture", names)
 
 
-def parse(options: Options, edit: Any, config: TextConfig) -> Request:
+def parse(options: Options, edit: Any, config: hooks.Config) -> Request:
     """Returns the request for one row's `edit`.
 
     ValueError and KeyError for what is not understood, naming it.
@@ -157,8 +157,9 @@ def parse(options: Options, edit: Any, config: TextConfig) -> Request:
     skipped = tuple(sorted({*lacking, *lacking_edits}))
     level = routing.check_level(options.routing)
     points = hooks.hook_points(config)
-    for name, reduce in routing.hook_points(level, config).items():
-        wanted.append(Wanted(_TRACE + name, points[name], False, At(None, reduce)))
+    if isinstance(config, TextConfig):
+        for name, reduce in routing.hook_points(level, config).items():
+            wanted.append(Wanted(_TRACE + name, points[name], False, At(None, reduce)))
     return Request(tuple(wanted), tuple(changes), skipped, options.check_finite, level)
 
 
@@ -174,7 +175,7 @@ def row_edits(edit: Any, rows: int | None) -> list[Any]:
 class BoundHooks:
     """A request bound to one row: the engine's hooks, and how to read them afterwards."""
 
-    def __init__(self, request: Request, config: TextConfig, span: Span, row: int) -> None:
+    def __init__(self, request: Request, config: hooks.Config, span: Span, row: int) -> None:
         self.request = request
         self._config = config
         self.core = _core.Hooks()
@@ -223,7 +224,7 @@ class BoundHooks:
             positions[wanted.key] = at_rows
         traced = {name: array for name, array in arrays.items() if name.startswith(_TRACE)}
         trace = None
-        if traced:
+        if traced and isinstance(self._config, TextConfig):
             held = positions[next(iter(traced))]
             points = {name.removeprefix(_TRACE): array for name, array in traced.items()}
             read = len(held)
@@ -247,7 +248,7 @@ def _by_passes(
     values: np.ndarray,
     parts: Sequence[tuple[int, int, int]],
     point: hooks.HookPoint,
-    config: TextConfig,
+    config: hooks.Config,
     joined: bool,
 ) -> Any:
     arrays: list[np.ndarray[Any, Any]] = []
@@ -280,7 +281,7 @@ def _by_passes(
     return array
 
 
-def _shaped(values: np.ndarray, wanted: Wanted, config: TextConfig) -> np.ndarray:
+def _shaped(values: np.ndarray, wanted: Wanted, config: hooks.Config) -> np.ndarray:
     shape = hooks.point_shape(wanted.point, config)
     reduce = wanted.at.reduce
     if reduce == "norm":
@@ -299,7 +300,7 @@ class Captured(Mapping[str, Any]):
     """name -> float32 array, read-only; names of transformers and TransformerLens work too."""
 
     def __init__(
-        self, arrays: Mapping[str, Any], positions: Mapping[str, np.ndarray], config: TextConfig
+        self, arrays: Mapping[str, Any], positions: Mapping[str, np.ndarray], config: hooks.Config
     ) -> None:
         self._arrays = dict(arrays)
         self._positions = dict(positions)
@@ -316,6 +317,12 @@ class Captured(Mapping[str, Any]):
         """The same with these names alone."""
         kept = {name: self._arrays[name] for name in names}
         return Captured(kept, {name: self._positions[name] for name in kept}, self._config)
+
+    def with_more(self, arrays: Mapping[str, Any], positions: Mapping[str, np.ndarray]) -> Captured:
+        """The same with these captures before its own."""
+        if not arrays:
+            return self
+        return Captured({**arrays, **self._arrays}, {**positions, **self._positions}, self._config)
 
     def _key(self, name: str) -> str:
         if name in self._arrays:
@@ -337,7 +344,7 @@ class Captured(Mapping[str, Any]):
 
 
 def check_memory(
-    request: Request, config: TextConfig, span: Span, new_tokens: int, chunk: int
+    request: Request, config: hooks.Config, span: Span, new_tokens: int, chunk: int
 ) -> None:
     """MemoryError, with the figures, where the captures of a call would not fit in memory."""
     rows = len(span.prompt) + max(0, new_tokens - 1)
@@ -375,7 +382,7 @@ def capture_bytes(request: Request, config: TextConfig, span: Span, new_tokens: 
 
 
 def _capture_bytes(
-    wanted: Wanted, config: TextConfig, count: int, length: int, prompt: int, new: int
+    wanted: Wanted, config: hooks.Config, count: int, length: int, prompt: int, new: int
 ) -> int:
     shape = hooks.point_shape(wanted.point, config)
     if wanted.point.shape.startswith("[S"):

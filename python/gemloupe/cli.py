@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from gemloupe.output import Output
     from gemloupe.stream import Stream
 
-COMMANDS = ("generate", "chat", "serve", "inspect", "convert", "compare", "bench", "doctor")
+COMMANDS = (
+    "generate",
+    "chat",
+    "transcribe",
+    "serve",
+    "inspect",
+    "convert",
+    "compare",
+    "bench",
+    "doctor",
+)
 _DEFAULT_MODEL = "demo:edge"
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130
@@ -58,6 +68,14 @@ examples:
   gemloupe chat --thinking --max-thinking-tokens 200 --seed 7
 
 In the chat, /help lists the commands. Ctrl-C stops a reply, Ctrl-D or /exit ends the chat."""
+
+_TRANSCRIBE_EXAMPLES = """\
+examples:
+  gemloupe transcribe talk.mp3 --model google/gemma-4-E2B-it
+  gemloupe transcribe talk.wav --model ./e2b-int4 --language German --translate-to English
+  gemloupe transcribe talk.flac --model ./e2b-int4 --times
+
+Sound of any length, rate and number of channels, read piece by piece (needs gemloupe[media])."""
 
 _INSPECT_EXAMPLES = """\
 examples:
@@ -193,6 +211,7 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _add_generate(commands)
     _add_chat(commands)
+    _add_transcribe(commands)
     _add_serve(commands)
     inspect = _add_command(
         commands, "inspect", _run_inspect, "show what a model is made of", _INSPECT_EXAMPLES
@@ -380,6 +399,20 @@ def _run_serve(arguments: argparse.Namespace) -> None:
             drain=arguments.drain,
         ),
     )
+
+
+def _add_transcribe(commands: Any) -> None:
+    parser = _add_command(
+        commands, "transcribe", _run_transcribe, "write down speech", _TRANSCRIBE_EXAMPLES
+    )
+    parser.add_argument("audio", metavar="FILE", help="a sound file, or - for one from a pipe")
+    parser.add_argument("--language", metavar="NAME", help="what is spoken, such as German")
+    parser.add_argument(
+        "--translate-to", metavar="NAME", help="print a translation below each piece"
+    )
+    parser.add_argument("--times", action="store_true", help="begin each piece with its times")
+    _add_model_options(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of a piece")
 
 
 def _add_convert(commands: Any) -> None:
@@ -648,6 +681,31 @@ def _show_speed(out: Output) -> None:
             f"{len(out.ids)} written ({times.tokens_per_second:.1f}/s){_PLAIN}",
             file=sys.stderr,
         )
+
+
+def _run_transcribe(arguments: argparse.Namespace) -> None:
+    from gemloupe.transcription import segments
+
+    audio = sys.stdin.buffer.read() if arguments.audio == "-" else arguments.audio
+    found = segments(
+        _load(arguments),
+        audio,
+        arguments.language,
+        arguments.translate_to,
+        max_new_tokens=arguments.max_new_tokens,
+        adapter=_adapters(arguments),
+    )
+    for segment in found:
+        times = f"[{_clock(segment.begin)} - {_clock(segment.end)}] " if arguments.times else ""
+        if segment.text or times:
+            print(f"{times}{segment.text}".rstrip(), flush=True)
+        if segment.translation:
+            print(f"{' ' * len(times)}{segment.translation}", flush=True)
+
+
+def _clock(seconds: float) -> str:
+    tenths = round(10 * seconds)
+    return f"{tenths // 600}:{tenths % 600 // 10:02d}.{tenths % 10}"
 
 
 def _run_inspect(arguments: argparse.Namespace) -> None:

@@ -43,9 +43,15 @@ class Site:
     """What an edit is bound to: a point of one row of one call."""
 
     point: hooks.HookPoint
-    config: TextConfig
+    config: hooks.Config
     span: Span
     row: int
+
+    @property
+    def text(self) -> TextConfig:
+        """The text model's config, for edits of experts; a tower has none."""
+        assert isinstance(self.config, TextConfig)
+        return self.config
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -284,9 +290,9 @@ def ablate_experts(
         if not chosen:
             return []
         if mode == "mask":
-            if len({*chosen}) == site.config.num_experts:
+            if len({*chosen}) == site.text.num_experts:
                 raise ValueError(
-                    f'ablate_experts(mode="mask"): got all {site.config.num_experts} experts; '
+                    f'ablate_experts(mode="mask"): got all {site.text.num_experts} experts; '
                     'expected to leave one, or mode="zero"'
                 )
             target = site.sibling("router.logits")
@@ -318,7 +324,7 @@ def _expert_means(means: Any, chosen: list[int], site: Site) -> np.ndarray:
                 f"{sorted(table)}"
             )
         table = table[layer]
-    shape = (site.config.num_experts, site.config.hidden_size)
+    shape = (site.text.num_experts, site.text.hidden_size)
     values = as_float32(table, f"means of layer {layer}", shape)[chosen]
     unknown = [expert for expert, row in zip(chosen, values, strict=True) if np.isnan(row).any()]
     if unknown:
@@ -341,7 +347,7 @@ def force_experts(
 
     def bind(edit: Edit, site: Site, where: Positions) -> list[Bound]:
         chosen = _expert_list(ids, site, "force_experts")
-        count = site.config.top_k_experts
+        count = site.text.top_k_experts
         if len(chosen) != count or len({*chosen}) != count:
             raise ValueError(
                 f"force_experts: got experts {quoted(chosen)}; expected {count} different ones"
@@ -502,7 +508,7 @@ def _expert_list(ids: Any, site: Site, what: str) -> list[int]:
     name = site.point.name
     if ".router." not in name and ".experts." not in name:
         raise ValueError(f"{what} at {name}; expected a router or experts point of a layer")
-    count = site.config.num_experts
+    count = site.text.num_experts
     return _numbers(ids, f"{what}: experts", count)
 
 

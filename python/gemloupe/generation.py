@@ -20,8 +20,9 @@ from gemloupe import routing as _routing
 from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
+from gemloupe.drafter import DraftCounts, Drafter
 from gemloupe.guide import AnswerForm, RequiredCall, RowGuide, ThoughtBudget, answer_ends
-from gemloupe.media import Reader, engine_input
+from gemloupe.media import Reader, engine_input, media_parts
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch, prepare
@@ -48,10 +49,6 @@ if TYPE_CHECKING:
 _BAR_TOKENS = 2048
 # What separates the seeds of a row's rounds: 2^64 divided by the golden ratio.
 _ROUND_SEED = 0x9E3779B97F4A7C15
-# Arguments of the contract that later versions understand, with the value that means nothing.
-_LATER: dict[str, Any] = {
-    "drafter": None,
-}
 # Arguments that `sampling.resolve_rows` reads.
 _ROW_ARGUMENTS = (
     "max_new_tokens",
@@ -96,6 +93,9 @@ class GenerationModel(Protocol):
 
     @property
     def adapters(self) -> Adapters: ...
+
+    def drafter(self, drafter: Any) -> Drafter:
+        """Returns what a call's `drafter` stands for."""
 
 
 def generate(
@@ -162,6 +162,10 @@ def generate(
     patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
     are one).
     `adapter` as in `model.run`; caches remember which adapters their entries come from.
+    `drafter`: what `model.load_drafter` gave, or the path or hub id of such a checkpoint. It
+    guesses tokens, a pass of the model then checks them together: the same tokens come, sooner;
+    `out.drafts` counts them. Rows with edits, captures of patterns, scores, keys, values or means,
+    stop strings, grammars or thinking budgets, and batches of more than four rows, go without.
     """
     arguments = {**locals()}
     rows = make_rows(arguments.pop("model"), arguments.pop("x"), arguments)
@@ -176,7 +180,6 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
     Nothing is computed or held by the engine yet; a `Generation` takes them.
     """
     given = {**_DEFAULTS, **arguments}
-    _refuse_later(given)
     started = time.perf_counter()
     batch = is_batch(x)
     caches = row_caches(given["cache"], len(x) if batch else None)
@@ -213,13 +216,17 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
     row_tools = [_row_tools(prompt, tools, rounds) for prompt in prompts]
     softcap = softcap_value(given["softcap"])
     choice = read_tool_choice(given["tool_choice"], tools)
+    drafter = None if given["drafter"] is None else model.drafter(given["drafter"])
     guides = _guides(model, prompts, options, given["response_format"], batch, choice)
-    return [
+    rows = [
         Row(prompt, of_row, cache, started, request, adapters, guide, can_call, rounds, softcap)
         for prompt, of_row, cache, request, adapters, guide, can_call in zip(
             prompts, options, caches, requests, selected, guides, row_tools, strict=True
         )
     ]
+    for row in rows:
+        row.drafter = drafter
+    return rows
 
 
 _DEFAULTS = {name: each.default for name, each in inspect.signature(generate).parameters.items()}
@@ -228,18 +235,15 @@ _DEFAULTS = {name: each.default for name, each in inspect.signature(generate).pa
 def chat(
     model: GenerationModel, message: str | Sequence[Mapping[str, Any]], **arguments: Any
 ) -> Output | list[Output] | Stream:
-    """Answers one user message, or a list of messages, with `generate`'s arguments."""
+    """Answers one user message, or a list of messages, with `generate`'s arguments.
+
+    Images, sounds and videos of a message that is a str stand before its text.
+    """
     if isinstance(message, str):
-        message = [{"role": "user", "content": message}]
+        parts = media_parts(arguments)
+        content = [*parts, {"type": "text", "text": message}] if parts else message
+        message = [{"role": "user", "content": content}]
     return generate(model, message, **arguments)
-
-
-def _refuse_later(arguments: Mapping[str, Any]) -> None:
-    for name, nothing in _LATER.items():
-        value = arguments[name]
-        if value is nothing:
-            continue
-        raise ValueError(f"{name}= is not in this version of generate; leave it out")
 
 
 def _row_tools(prompt: Prompt, given: list[Tool] | None, max_rounds: Any) -> list[Tool]:
@@ -328,6 +332,7 @@ class Row:
     ) -> None:
         self.guide = guide
         self.softcap = softcap
+        self.drafter: Drafter | None = None
         self.number = -1
         """The session's number of the row, of its present round."""
         self.tools = tools
@@ -563,6 +568,10 @@ class Generation:
         request.prompt_logprobs = options.prompt_logprobs or -1
         request.softcap = row.softcap
         request.mask = row.guide.mask if row.guide else None
+        # A stop string is found after a pass: guesses behind it would stay in the cache.
+        if row.drafter is not None and not options.stop_strings:
+            request.drafter = row.drafter.core
+            request.draft_tokens = row.drafter.max_tokens
         request.hooks = row.hooks.core if row.hooks else None
         if row.adapters:
             request.adapters = row.adapters.core
@@ -575,7 +584,7 @@ class Generation:
         return all(row.finish_reason for row in self._rows.values())
 
     def step(self) -> list[Piece]:
-        """Runs one pass, or the tools that a row called; returns its pieces, one a token."""
+        """Runs one pass, or the tools that a row called; returns its pieces in order."""
         for index, row in self._rows.items():
             if row.must_run and not row.finish_reason:
                 return [self._run_calls(index)]
@@ -585,6 +594,7 @@ class Generation:
         if not results and not self.done:
             raise RuntimeError("the session has no rows left to step, but not all have ended")
         pieces = []
+        seen: set[int] = set()
         indices = {row.number: index for index, row in self._rows.items()}
         for result in results:
             index = indices[result.row]
@@ -595,7 +605,9 @@ class Generation:
                 row.cancel()
                 self.errors[index] = ValueError(result.error)
                 continue
-            piece = row.take(result, seconds)
+            # Guesses that were right come as several results of one pass.
+            piece = row.take(result, 0.0 if index in seen else seconds)
+            seen.add(index)
             if not row.rounds:
                 self._bar.show(index, result.prefilled)
             if row.finish_reason == "stop" and not result.finish_reason:
@@ -663,6 +675,9 @@ class Generation:
         """Returns one output a row, the same ones whenever it is asked after all rows ended."""
         if self._outputs is None:
             self._outputs = [row.output(self._cache(row)) for row in self._rows.values()]
+            for row, output in zip(self._rows.values(), self._outputs, strict=True):
+                if row.drafter is not None:
+                    output.drafts = DraftCounts(*self._session.drafts(row.number))
             _routing.count((output.routing for output in self._outputs), self._collectors)
         return self._outputs
 

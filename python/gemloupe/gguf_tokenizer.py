@@ -48,6 +48,9 @@ class GgufTokenizer(Tokenizer):
         self._header = header
         self._keys = frozenset(header.keys)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.folder, self.config)
+
     @property
     def exists(self) -> bool:
         return f"{_PREFIX}model" in self._keys
@@ -163,3 +166,9 @@ class GgufTokenizer(Tokenizer):
             if not isinstance(template, str):
                 self._refuse(f"chat_template ({name})", quoted(template), "a string")
         return ChatTemplate(templates, self.named_tokens, origin=str(self.folder))
+
+
+def _reopened(path: Path, config: ModelConfig | None) -> GgufTokenizer:
+    from gemloupe import _core
+
+    return GgufTokenizer(path, _core.GgufFile(str(path)), config)

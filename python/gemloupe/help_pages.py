@@ -12,6 +12,7 @@ from gemloupe.errors import close_matches, did_you_mean, one_of, quoted
 PAGES = (
     "hooks",
     "semantics",
+    "images",
     "numbers",
     "adapters",
     "errors",

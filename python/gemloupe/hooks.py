@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from gemloupe import _core
 from gemloupe.config import TextConfig
@@ -21,7 +22,8 @@ class HookPoint:
 
     `shape` in the letters T rows, S positions of the cache, D hidden size, N query heads, K
     key-value heads, H head size, F feed-forward size, E experts, k experts per token, P per-layer
-    input, L layers, V vocabulary.
+    input, L layers, V vocabulary. Of the audio tower: D its hidden size, F mel frames in front and
+    feed-forward size behind, B mel bands, O encoded size, M the text model's hidden size.
     """
 
     name: str
@@ -36,6 +38,8 @@ class HookPoint:
     ".output.1": the second of several outputs); "" where no module has it."""
     transformer_lens: str = ""
     """TransformerLens's name; "" where it has none."""
+    row_shape: tuple[int, ...] | None = None
+    """The shape of one row where the text model's config does not tell it."""
 
 
 def before(name: str) -> str:
@@ -48,13 +52,40 @@ def split_before(name: str) -> tuple[str, bool]:
     return name.removesuffix(_BEFORE), name.endswith(_BEFORE)
 
 
-def hook_points(config: TextConfig) -> dict[str, HookPoint]:
-    """Every hook point of a model, by name, in model order."""
+class TowerConfig(Protocol):
+    """What is asked of a tower's config; it must be hashable."""
+
+    @property
+    def tower(self) -> str:
+        """The name before all of its points, such as "audio"."""
+        ...
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The letters of its points' shapes."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+Config = TextConfig | TowerConfig
+
+
+def hook_points(config: Config) -> dict[str, HookPoint]:
+    """Every hook point of a text model or a tower, by name, in model order."""
     return _hook_points(config)
 
 
 @functools.lru_cache(maxsize=16)
-def _hook_points(config: TextConfig) -> dict[str, HookPoint]:
+def _hook_points(config: Config) -> dict[str, HookPoint]:
+    if not isinstance(config, TextConfig):
+        return _tower_points(config)
     table = list(enumerate(_core.hook_points()))
     first = next(i for i, row in table if row[1])
     points: dict[str, HookPoint] = {}
@@ -62,8 +93,8 @@ def _hook_points(config: TextConfig) -> dict[str, HookPoint]:
     def add(index: int, layer: int) -> None:
         name, _, shape, editable, transformers, lens = table[index][1]
         full = f"layers.{layer}.{name}" if layer >= 0 else name
-        names = (text.replace("{i}", str(layer)) for text in (transformers, lens))
-        points[full] = HookPoint(full, shape, index, layer, editable, *names)
+        theirs, lens = (text.replace("{i}", str(layer)) for text in (transformers, lens))
+        points[full] = HookPoint(full, shape, index, layer, editable, theirs, lens)
 
     for i, row in table[:first]:
         if row[0] == "embed" or config.hidden_size_per_layer_input:
@@ -75,6 +106,22 @@ def _hook_points(config: TextConfig) -> dict[str, HookPoint]:
     for i, row in table[first:]:
         if not row[1]:
             add(i, -1)
+    return points
+
+
+def _tower_points(config: TowerConfig) -> dict[str, HookPoint]:
+    first = _core.first_hook_point(config.tower)
+    table = list(enumerate(_core.hook_points(config.tower), first))
+    of_layers = [row for row in table if row[1][1]]
+    begin, end = table.index(of_layers[0]), table.index(of_layers[-1])
+    places = [(row, -1) for row in table[:begin]]
+    places += [(row, layer) for layer in range(config.num_hidden_layers) for row in of_layers]
+    places += [(row, -1) for row in table[end + 1 :]]
+    points: dict[str, HookPoint] = {}
+    for (index, (name, _, shape, editable, transformers, lens)), layer in places:
+        full = f"{config.tower}.layers.{layer}.{name}" if layer >= 0 else f"{config.tower}.{name}"
+        theirs, lens = (text.replace("{i}", str(layer)) for text in (transformers, lens))
+        points[full] = HookPoint(full, shape, index, layer, editable, theirs, lens)
     return points
 
 
@@ -93,11 +140,15 @@ def _layer_has(config: TextConfig, layer: int, name: str) -> bool:
     return True
 
 
-def point_shape(point: HookPoint, config: TextConfig) -> tuple[int, ...]:
+def point_shape(point: HookPoint, config: Config) -> tuple[int, ...]:
     """The shape of one row: `point.shape` without T; -1 for S, and [S] for scores and patterns."""
+    if point.row_shape is not None:
+        return point.row_shape
     letters = point.shape.strip("[]").split(", ")
     if "N, T, S" in point.shape:
         return (-1,)
+    if not isinstance(config, TextConfig):
+        return tuple(config.sizes[letter] for letter in letters[1:])
     sizes = {
         "1": 1,
         "D": config.hidden_size,
@@ -121,7 +172,7 @@ def point_shape(point: HookPoint, config: TextConfig) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=16)
-def _aliases(config: TextConfig) -> dict[str, str]:
+def _aliases(config: Config) -> dict[str, str]:
     """Names of transformers (without the text model's prefix) and TransformerLens -> ours."""
     aliases: dict[str, str] = {}
     for point in hook_points(config).values():
@@ -134,7 +185,7 @@ def _aliases(config: TextConfig) -> dict[str, str]:
 _PREFIXES = re.compile(r"^(model\.)?(language_model\.)?")
 
 
-def canonical(name: str, config: TextConfig) -> str:
+def canonical(name: str, config: Config) -> str:
     """Returns our name for an alias (without wildcards), or `name` itself."""
     plain, is_before = split_before(name)
     found = _expand_alias(plain, config)
@@ -142,7 +193,7 @@ def canonical(name: str, config: TextConfig) -> str:
     return before(full) if is_before else full
 
 
-def _expand_alias(pattern: str, config: TextConfig) -> list[str]:
+def _expand_alias(pattern: str, config: Config) -> list[str]:
     aliases = _aliases(config)
     short = _PREFIXES.sub("", pattern)
     for candidate in (pattern, short, re.sub(r"\.output(\.0)?$", "", short)):
@@ -155,7 +206,7 @@ def _expand_alias(pattern: str, config: TextConfig) -> list[str]:
     return []
 
 
-def select(patterns: str | Iterable[str], config: TextConfig) -> tuple[list[HookPoint], list[str]]:
+def select(patterns: str | Iterable[str], config: Config) -> tuple[list[HookPoint], list[str]]:
     """The points that the patterns (`*`, `?`, `[…]`) name, in model order, and what was skipped.
 
     Names of transformers' modules and of TransformerLens's hooks work too. Skipped are layers of a
@@ -173,7 +224,7 @@ def select(patterns: str | Iterable[str], config: TextConfig) -> tuple[list[Hook
     return [point for name, point in points.items() if name in chosen], sorted(skipped)
 
 
-def match(pattern: str, config: TextConfig) -> tuple[list[str], list[str]]:
+def match(pattern: str, config: Config) -> tuple[list[str], list[str]]:
     """Returns the names of the points that one pattern chooses, and of those that layers lack."""
     if not isinstance(pattern, str):
         raise TypeError(f"a hook point is {quoted(pattern)}; expected its name or a pattern")
@@ -190,7 +241,9 @@ def match(pattern: str, config: TextConfig) -> tuple[list[str], list[str]]:
 
 
 @functools.lru_cache(maxsize=16)
-def _every_layer(config: TextConfig) -> list[str]:
+def _every_layer(config: Config) -> list[str]:
+    if not isinstance(config, TextConfig):  # All layers of a tower have the same points.
+        return []
     return [
         f"layers.{layer}.{row[0]}"
         for layer in range(config.num_hidden_layers)
@@ -200,9 +253,9 @@ def _every_layer(config: TextConfig) -> list[str]:
 
 
 def _no_match(
-    pattern: str, lacking: list[str], points: Mapping[str, HookPoint], config: TextConfig
+    pattern: str, lacking: list[str], points: Mapping[str, HookPoint], config: Config
 ) -> str:
-    if lacking and ".attn." in lacking[0]:
+    if lacking and ".attn." in lacking[0] and isinstance(config, TextConfig):
         layer = int(lacking[0].split(".")[1])
         source = config.layers[layer].kv_source
         if source != layer:
@@ -212,6 +265,8 @@ def _no_match(
                 f"those of layer {source}; capture {quoted(there)}, or "
                 f"{quoted(f'layers.{layer}.attn.keys')} for what it reads"
             )
+    if pattern.startswith("vision."):
+        return f"{quoted(pattern)} is of the vision tower, which only model.run looks into"
     matches = close_matches(pattern, points)
     hint = f"did you mean {one_of(matches)}?" if matches else "gl.hook_points(model) lists them all"
     return f"{quoted(pattern)} matches no hook point of this model; {hint}"

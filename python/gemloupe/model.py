@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
+from gemloupe import drafter as _drafter
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.adapters import Adapter
@@ -20,9 +21,17 @@ from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
+from gemloupe.drafter import Drafter
 from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
-from gemloupe.media import Reader, SoftTokens
+from gemloupe.media import Content, Reader, SoftTokens
+from gemloupe.media.audio_tower import (
+    AudioStream,
+    AudioTower,
+    encode_audio,
+    open_tower,
+    read_audio,
+)
 from gemloupe.media.images import DEFAULT_BUDGET
 from gemloupe.media.vision import Vision
 from gemloupe.output import Output
@@ -297,6 +306,7 @@ class Model:
         self.kv_dtype = kv_dtype
         self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
+        self._drafters: dict[str, Drafter] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -633,7 +643,11 @@ class Model:
     @functools.cached_property
     def media_reader(self) -> Reader:
         """Reads images, sounds and videos for this model's prompts."""
-        readers = {} if self.vision is None else {"image": self.vision.read}
+        readers: dict[str, Callable[..., Content]] = {}
+        if self.vision is not None:
+            readers |= {"image": self.vision.read, "video": self.vision.read_video}
+        if towers.has_audio(self.checkpoint):
+            readers["audio"] = lambda value, name: read_audio(self.audio_tower, value, name)
         return Reader(self.config.text.hidden_size, readers)
 
     @functools.cached_property
@@ -661,14 +675,92 @@ class Model:
         take the result in place of the image. ValueError for what is no image, and where the model
         reads none; ImportError without Pillow (`pip install gemloupe[media]`).
         """
+        return self._eyes().encode_image(image, max_soft_tokens)
+
+    def encode_video(self, video: Any) -> SoftTokens:
+        """Soft tokens float32 [n, D] of a video's frames, one frame after the other.
+
+        `video`: a path or bytes of a file (with PyAV: `pip install gemloupe[video]`), a list of
+        frames, an array uint8 [F, H, W, 3], or what `gl.video(…)` made of one, which says how many
+        frames are read and of how many soft tokens (32 of up to 70). Errors as in `encode_image`.
+        """
+        content = self._eyes().read_video(video, "video")
+        return SoftTokens.of(content.soft_tokens, content)
+
+    def _eyes(self) -> Vision:
         if self.vision is None:
             raise ValueError(
                 f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
                 "checkpoint: load the folder or hub id of the whole model"
             )
-        return self.vision.encode_image(image, max_soft_tokens)
+        return self.vision
+
+    @functools.cached_property
+    def audio_tower(self) -> AudioTower:
+        """The audio encoder; its weights are mapped when it is first used.
+
+        ValueError where the checkpoint has none.
+        """
+        options = _core.AudioTowerOptions()
+        for name in ("bfloat16_matmul", "invariant", "threads"):
+            setattr(options, name, getattr(self._options, name))
+        return open_tower(self.checkpoint, options)
+
+    def encode_audio(
+        self,
+        source: Any,
+        sampling_rate: int | None = None,
+        *,
+        capture: Any = (),
+        edit: Any = None,
+        check_finite: bool = False,
+    ) -> SoftTokens:
+        """A sound's soft tokens, float32 [n, D], 25 a second, as the text model reads them.
+
+        `source`: a path, bytes, data URL, or samples [N] or [N, channels] at `sampling_rate` (16
+        kHz without it). Encoders read 30 s; more is cut, as transformers does it, with a warning.
+        Pass the result as `audio=` of `run` and `generate`, as often as you like.
+        `capture` and `edit` (as in `run`) take points of the tower, such as
+        "audio.layers.3.attn.pattern"; positions are those of soft tokens, at "audio.mel" of frames.
+        Captures are `tokens.content.source.captured`, which also tells times and frames of tokens.
+        ValueError for what is no sound, and for models without ears.
+        """
+        return encode_audio(
+            self.audio_tower,
+            source,
+            sampling_rate,
+            capture=capture,
+            edit=edit,
+            check_finite=check_finite,
+        )
+
+    def audio_stream(self, sampling_rate: int | None = None) -> AudioStream:
+        """Encodes sound while it comes; see `AudioStream`."""
+        return AudioStream(self.audio_tower, sampling_rate)
 
     # What gemloupe.generation asks of a model.
+
+    def load_drafter(
+        self, source: str | os.PathLike[str], *, dtype: str = "auto", max_tokens: int = 4
+    ) -> Drafter:
+        """Loads an assistant checkpoint of this model, for `generate(..., drafter=)`.
+
+        `source`: a folder or hub id, such as "google/gemma-4-E2B-it-assistant". `dtype`: of its
+        matrices, "auto" as stored, "float32", "bfloat16", "int8" or "int4". `max_tokens`: the most
+        tokens that it guesses for one pass, 1 to 7; how many it does follows how many were right.
+        ValueError, naming the field, where it was made for another model.
+        """
+        return _drafter.load(self, source, dtype, max_tokens)
+
+    def drafter(self, drafter: Drafter | str | os.PathLike[str]) -> Drafter:
+        """What a call's `drafter` stands for; a path is loaded once."""
+        if isinstance(drafter, Drafter):
+            drafter.check_target(self)
+            return drafter
+        key = os.fspath(drafter)
+        if key not in self._drafters:
+            self._drafters[key] = self.load_drafter(key)
+        return self._drafters[key]
 
     def new_session(self) -> _core.Session:
         return _core.Session(self.core)

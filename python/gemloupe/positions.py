@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from gemloupe import _core
 from gemloupe.errors import one_of, quoted
-from gemloupe.prompt import KINDS, Prompt
+from gemloupe.prompt import KINDS
 
 # Tokens of the longest sequence that a model of the family takes: a slice's later stop is no end.
 _LONGEST = 1 << 18
@@ -18,11 +18,22 @@ _LONGEST = 1 << 18
 WORDS = ("prompt", "generated", "last", "answer")
 
 
+class Rows(Protocol):
+    """What a call's rows are: a prompt, or the rows of a tower."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def media(self) -> Sequence[Any]: ...
+
+    def positions(self, kind: str) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Span:
     """Where the prompt of a call stands in its sequence: positions [first, first + len(prompt))."""
 
-    prompt: Prompt
+    prompt: Rows
     first: int
 
     @property

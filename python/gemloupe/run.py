@@ -14,7 +14,7 @@ from gemloupe.adapters.selection import Selection
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
-from gemloupe.media import Medium, engine_input
+from gemloupe.media import Medium, audio_hooks, engine_input, vision_hooks
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
@@ -56,6 +56,10 @@ class Run:
     def media(self) -> tuple[Medium, ...]:
         """The prompt's images, sounds and videos."""
         return self.prompt.media
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Results travel between processes; the model, its cache and what is kept beside it do not.
+        return {**self.__dict__, "model": None, "cache": None, "kept": None}
 
     def __getitem__(self, name: str) -> Any:
         return self.captured[name]
@@ -116,6 +120,8 @@ def run(
     rows = len(x) if batch else None
     if routing is None:  # A trace of all layers would make a repeated run begin at the first.
         routing = False if isinstance(x, Run) else "full"
+    capture, tower_capture = vision_hooks.split_capture(capture)
+    capture, sound_capture = vision_hooks.split_capture(capture, audio_hooks.PREFIX)
     hooked = capturing.Options(capture, routing, check_finite)
     collectors = _routing.collectors(model)
     if isinstance(x, Run):
@@ -127,6 +133,10 @@ def run(
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
             )
+        if tower_capture or vision_hooks.split_edit(edit)[1]:
+            raise ValueError("a repeated run encodes no image; run the prompt and image anew")
+        if sound_capture or vision_hooks.split_edit(edit, audio_hooks.PREFIX)[1]:
+            raise ValueError("a repeated run encodes no sound; run the prompt and sound anew")
         request = capturing.parse(hooked, edit, model.config.text)
         _check_logits(logits, request)
         repeated = _rerun(
@@ -150,10 +160,13 @@ def run(
         videos=videos,
         max_soft_tokens=max_soft_tokens,
     )
-    requests = [
-        capturing.parse(hooked, of_row, model.config.text)
-        for of_row in capturing.row_edits(edit, rows)
-    ]
+    requests, towers, sounds = [], [], []
+    for of_row in capturing.row_edits(edit, rows):
+        of_text, of_tower = vision_hooks.split_edit(of_row)
+        of_text, of_sound = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
+        sounds.append(audio_hooks.AudioRequest(sound_capture, of_sound, check_finite))
+        requests.append(capturing.parse(hooked, of_text, model.config.text))
+        towers.append(vision_hooks.parse(model.vision, tower_capture, of_tower, check_finite))
     _check_logits(logits, requests[0])
     cap = softcap_value(softcap)
     runs = []
@@ -162,8 +175,9 @@ def run(
         with cache_edits.forgotten_on_error(caches):
             for i, prompt in enumerate(prompts if batch else [prompts]):
                 options = _RowOptions(
-                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep
-                )
+                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i],
+                    sounds[i],
+                )  # fmt: skip
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
@@ -183,6 +197,8 @@ class _RowOptions:
     chunk: int
     adapters: Selection
     keep: bool = False
+    tower: vision_hooks.VisionRequest | None = None
+    sounds: audio_hooks.AudioRequest | None = None
 
 
 def _check_logits(logits: LogitsRows, request: capturing.Request) -> None:
@@ -209,14 +225,23 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         bound.core.expected_rows = len(prompt)
     used.note_adapter(options.adapters.label)
     cache_edits.note(used, request)
+    seen = vision_hooks.Seen()
+    if options.tower:
+        assert model.vision is not None
+        seen = vision_hooks.encode(model.vision, prompt, options.tower, text, options.row)
+    heard = audio_hooks.Heard()
+    if options.sounds:
+        heard = audio_hooks.encode(model.audio_tower, prompt, options.sounds)
+    soft_tokens = seen.soft_tokens | heard.soft_tokens
+    media = engine_input(prompt.media, model.config, soft_tokens=soft_tokens)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
-        options.chunk, adapters=options.adapters.core,
-        media=engine_input(prompt.media, model.config),
+        options.chunk, adapters=options.adapters.core, media=media,
     )  # fmt: skip
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
         captured, trace = bound.take(prompt.ids, lambda: prompt.tokens, joined=True)
+    captured = captured.with_more(seen.arrays | heard.arrays, seen.positions | heard.positions)
     kept = None
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)

@@ -176,9 +176,15 @@ class Compiler:
         self._limits = self._llguidance.LLParserLimits(
             max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False
         )
-        self._tokenizer = self._llguidance.LLTokenizer(
-            tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=[*end_ids]
-        )
+        try:
+            self._tokenizer = self._llguidance.LLTokenizer(
+                tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=[*end_ids]
+            )
+        except Exception as error:  # The library raises what its parts raise.
+            raise ValueError(
+                f"response_format: llguidance can't use the tokenizer of {tokenizer.folder}: "
+                f"{error}"
+            ) from error
 
     def compile(self, grammar: Grammar) -> Any:
         """Returns an `LLMatcher` at the grammar's start.

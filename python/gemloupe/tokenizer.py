@@ -50,6 +50,10 @@ class Tokenizer:
         self._settings: dict[str, Any] | None = None
         self.raw_text_warned = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The folder is read again where it is unpickled.
+        return type(self), (self.folder, self.config)
+
     def __repr__(self) -> str:
         state = f"{self.vocab_size} pieces" if self.loaded else "not loaded yet"
         return f"Tokenizer({str(self.folder)!r}, {state})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,19 @@ import numpy as np
 
 from gemloupe.answer import RESULT_OPEN, TURN_CLOSE
 from gemloupe.prompt import Prompt
+from gemloupe.tokenizer import Tokenizer
 from gemloupe.tools import ToolResult, as_json
+
+# The form of every special token.
+_PIECE = re.compile(r"<[^\s<>]{1,40}>")
 
 
 def next_prompt(prompt: Prompt, said: Mapping[str, Any], results: Sequence[ToolResult]) -> Prompt:
     """Returns what follows a model's calls: `ids` of the results alone, to be appended.
 
     `prompt` is what was read before and `said` the model's message with its calls. The ids begin
-    with the token that asks for a result, in place of the one that ended the calls.
+    with the token that asks for a result, in place of the one that ended the calls. Special tokens
+    written out in results are read as ordinary text: results may come from strangers.
     ValueError where the chat template has no place for results.
     """
     template = prompt.tokenizer.chat_template
@@ -30,17 +36,20 @@ def next_prompt(prompt: Prompt, said: Mapping[str, Any], results: Sequence[ToolR
             messages, tools=tools, thinking=prompt.thinking, add_generation_prompt=asks
         )
 
+    cut = _unused_text(results)
+    harmless = [_without_specials(result, prompt.tokenizer, cut) for result in results]
     begun = render([*prompt.messages, bare], False).removesuffix("\n").removesuffix(TURN_CLOSE)
     problem = None
     for form in _FORMS:
         try:
-            text = render([*prompt.messages, *form(bare, results)], True)
+            text = render([*prompt.messages, *form(bare, harmless)], True)
         except ValueError as error:
             problem = error
             continue
         tail = text.removeprefix(begun)
         if text.startswith(begun) and tail.startswith(RESULT_OPEN):
-            ids = np.array(prompt.tokenizer.encode(tail, bos=False), np.int32)
+            pieces = [prompt.tokenizer.encode(piece, bos=False) for piece in tail.split(cut)]
+            ids = np.array([id for piece in pieces for id in piece], np.int32)
             ids.setflags(write=False)
             messages = (*prompt.messages, *form(said, results))
             return dataclasses.replace(prompt, ids=ids, media=(), messages=messages)
@@ -48,6 +57,32 @@ def next_prompt(prompt: Prompt, said: Mapping[str, Any], results: Sequence[ToolR
         f"{template.origin}: the chat template does not continue a tool call with its result; "
         "pass max_tool_rounds=0 and write the next prompt yourself"
     ) from problem
+
+
+def _unused_text(results: Sequence[ToolResult]) -> str:
+    """A text that occurs in no result."""
+    text = repr([result.content for result in results])
+    cut = "\ue000"
+    while cut in text or ascii(cut)[1:-1] in text:
+        cut += "\ue000"
+    return cut
+
+
+def _without_specials(result: ToolResult, tokenizer: Tokenizer, cut: str) -> ToolResult:
+    """Puts `cut` into every special token that is written out in a result."""
+
+    def broken(match: re.Match[str]) -> str:
+        special = tokenizer.id(match[0]) in tokenizer.special_ids
+        return f"<{cut}{match[0][1:]}" if special else match[0]
+
+    def harmless(value: Any) -> Any:
+        if isinstance(value, str):
+            return _PIECE.sub(broken, value)
+        if isinstance(value, Mapping):
+            return {harmless(key): harmless(item) for key, item in value.items()}
+        return [harmless(item) for item in value] if isinstance(value, list) else value
+
+    return dataclasses.replace(result, content=harmless(result.content))
 
 
 def check_template(prompt: Prompt) -> None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # The modules whose tensors make a part.
 VISION = ("vision_tower", "vision_embedder", "embed_vision")
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+AUDIO = ("audio_tower", "embed_audio")
+ENGINE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 # Buffers, which transformers doesn't count as parameters.
 BUFFER_NAMES = ("_min", "_max", ".std_bias", ".std_scale", "layer_scalar")
@@ -24,6 +25,11 @@ def has_vision(checkpoint: Checkpoint) -> bool:
     return "embed_vision" in checkpoint.towers
 
 
+def has_audio(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold what reads sounds, and config.json describes it."""
+    return "embed_audio" in checkpoint.towers and bool(checkpoint.config.raw.get("audio_config"))
+
+
 def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
     """The tensors of these modules for the engine, as they are stored, without "model.".
 
@@ -32,14 +38,14 @@ def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
     files: dict[int, list[_core.TensorEntry]] = {}
     for name in (name for module in modules for name in checkpoint.towers.get(module, ())):
         stored = checkpoint.tensors[name]
-        if stored.info.dtype not in _DTYPES:
+        if stored.info.dtype not in ENGINE_DTYPES:
             raise ValueError(
                 f"{checkpoint.files[stored.file].name}: {quoted(name)} has the type "
                 f"{stored.info.dtype}; expected F32, BF16 or F16"
             )
         entry = _core.TensorEntry(
             name.removeprefix("model."),
-            _DTYPES[stored.info.dtype],
+            ENGINE_DTYPES[stored.info.dtype],
             list(stored.info.shape),
             stored.info.begin,
             stored.info.end,

@@ -378,6 +378,12 @@ void Mul(const KernelTable& t, float* dst, const float* a, const float* b, int64
 void GeluMul(const KernelTable& t, float* dst, const float* a, const float* b, int64_t n) {
   t.gelu_mul(dst, a, b, n);
 }
+void SigmoidMul(const KernelTable& t, float* dst, const float* a, const float* b, int64_t n) {
+  t.sigmoid_mul(dst, a, b, n);
+}
+void Clamp(const KernelTable& t, float* dst, const float* a, const float*, int64_t n) {
+  t.clamp(dst, a, -0.7f, 0.4f, n);
+}
 void Scale(const KernelTable& t, float* dst, const float* a, const float*, int64_t n) {
   t.scale(dst, a, 1.7f, n);
 }
@@ -394,7 +400,7 @@ void Softcap(const KernelTable& t, float* dst, const float*, const float*, int64
 TEST_P(Kernels, ElementwiseResultsDoNotDependOnTheLength) {
   constexpr int64_t kMost = 67;
   const std::vector<float> a = Normal(kMost, 10), b = Normal(kMost, 11), d = Normal(kMost, 12);
-  for (const Elementwise function : {Add, Mul, GeluMul, Scale, AddScaled, Exp, Softcap}) {
+  for (const Elementwise function : {Add, Mul, GeluMul, SigmoidMul, Clamp, Scale, AddScaled, Exp, Softcap}) {
     std::vector<float> alone = d;
     for (int64_t i = 0; i < kMost; ++i) function(*kernels_, &alone[i], &a[i], &b[i], 1);
     for (int64_t n = 1; n <= kMost; ++n) {
@@ -408,7 +414,7 @@ TEST_P(Kernels, ElementwiseResultsDoNotDependOnTheLength) {
 
 TEST_P(Kernels, SumsAndProductsAreRoundedLikeTheTwin) {
   const std::vector<float> a = Normal(203, 13), b = Normal(203, 14), d = Normal(203, 15);
-  for (const Elementwise function : {Add, Mul, Scale, AddScaled}) {
+  for (const Elementwise function : {Add, Mul, Clamp, Scale, AddScaled}) {
     std::vector<float> dst = d, twin = d;
     function(*kernels_, dst.data(), a.data(), b.data(), 203);
     function(PortableKernels(), twin.data(), a.data(), b.data(), 203);
@@ -419,7 +425,7 @@ TEST_P(Kernels, SumsAndProductsAreRoundedLikeTheTwin) {
 TEST_P(Kernels, DstMayBeTheSource) {
   constexpr int64_t kN = 45;
   const std::vector<float> a = Normal(kN, 16), b = Normal(kN, 17);
-  for (const Elementwise function : {Add, Mul, GeluMul, Scale, Exp}) {
+  for (const Elementwise function : {Add, Mul, GeluMul, SigmoidMul, Clamp, Scale, Exp}) {
     std::vector<float> apart(kN), onto_a = a, onto_b = b;
     function(*kernels_, apart.data(), a.data(), b.data(), kN);
     function(*kernels_, onto_a.data(), onto_a.data(), b.data(), kN);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -192,6 +193,15 @@ def test_soft_tokens_stand_for_their_image_in_other_prompts(loaded: tuple[Any, g
         reused = model.run(text, images=tokens)
         assert np.array_equal(given.logits, reused.logits)
         assert reused.media[0].content.source.soft_tokens == len(tokens)
+
+
+def test_runs_with_images_travel_between_processes(loaded: tuple[Any, gl.Model]) -> None:
+    _reference, model = loaded
+    run = model.run("<|image|>", images=_picture(40, 30), max_soft_tokens=70, capture="embed")
+    copy = pickle.loads(pickle.dumps(run))
+    assert np.array_equal(copy.media[0].soft_tokens, run.media[0].soft_tokens)
+    assert np.array_equal(copy.media[0].content.source.pixels, run.media[0].content.source.pixels)
+    assert np.array_equal(model.run(copy.prompt).logits, run.logits)
 
 
 def test_threads_and_invariance_change_no_soft_token_by_much(tiny: Callable) -> None:

@@ -171,7 +171,10 @@ def _prompts(model: Model, side: Side, inputs: Any) -> list[Prompt]:
             raise ValueError("inputs is None; expected ids, text, a prompt or a batch of these")
         inputs = side.prompts
     prepared = model.prepare(inputs)
-    return prepared if isinstance(prepared, list) else [prepared]
+    prompts = prepared if isinstance(prepared, list) else [prepared]
+    if any(prompt.media for prompt in prompts):
+        raise ValueError("inputs have images or sounds, which compare does not give; pass text")
+    return prompts
 
 
 def _align(model: GemloupeSide, side: Side) -> list[str]:

@@ -1,7 +1,16 @@
 """Images, sounds and videos: from what a caller passes to soft tokens at their positions."""
 
 from gemloupe.media.content import KINDS, Content, Medium, SoftTokens
-from gemloupe.media.placing import blocks, engine_input
+from gemloupe.media.placing import blocks, engine_input, media_parts
 from gemloupe.media.reader import Reader
 
-__all__ = ["KINDS", "Content", "Medium", "Reader", "SoftTokens", "blocks", "engine_input"]
+__all__ = [
+    "KINDS",
+    "Content",
+    "Medium",
+    "Reader",
+    "SoftTokens",
+    "blocks",
+    "engine_input",
+    "media_parts",
+]

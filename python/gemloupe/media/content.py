@@ -48,6 +48,10 @@ class Content:
     """What the soft tokens were made of, as its module describes it; None if it is not known."""
     _held: list[np.ndarray] = field(default_factory=list, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Prompts travel between processes with their soft tokens, not with the tower.
+        return {**self.__dict__, "encode": None, "_held": [np.asarray(self.soft_tokens)]}
+
     @property
     def soft_tokens(self) -> np.ndarray:
         """float32 [n, D], read-only; computed when first asked for."""

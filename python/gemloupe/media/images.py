@@ -139,19 +139,27 @@ def open_picture(value: Any, name: str) -> PilImage.Image:
     if isinstance(value, PilImage.Image):
         _check_size(value.size, name)
         return _decoded(lambda: _rgb(value), name, "PIL image")
-    if isinstance(value, (str, os.PathLike)):
-        text = os.fspath(value)
-        if isinstance(text, str) and text.startswith("data:"):
-            return _open_bytes(_data_url(text, name), name)
-        return _open_bytes(_read_file(text, name), name)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return _open_bytes(bytes(value), name)
+    if isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)):
+        return _open_bytes(file_bytes(value, name), name)
     if hasattr(value, "__array__"):
         return _from_array(np.asarray(value), name)
     raise ValueError(
         f"{name} is a {type(value).__name__}; expected a path, bytes, a data URL, a PIL image or "
         "an array uint8 [height, width, 3]"
     )
+
+
+def file_bytes(value: Any, name: str) -> bytes:
+    """Returns the bytes that a path, a data URL or bytes stand for.
+
+    FileNotFoundError or ValueError, beginning with `name`, where there are none.
+    """
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    text = os.fspath(value)
+    if isinstance(text, str) and text.startswith("data:"):
+        return _data_url(text, name)
+    return _read_file(text, name)
 
 
 def _read_file(path: Any, name: str) -> bytes:
@@ -161,7 +169,7 @@ def _read_file(path: Any, name: str) -> bytes:
         )
     try:
         if os.path.getsize(path) > _MAX_BYTES:
-            raise ValueError(f"{name}: {quoted(path)} is larger than 1 GiB; expected an image file")
+            raise ValueError(f"{name}: {quoted(path)} is larger than 1 GiB; expected less")
         with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from gemloupe.config import ModelConfig
 from gemloupe.errors import quoted
 from gemloupe.media.content import KINDS, Content, Medium
 from gemloupe.media.reader import Reader
+from gemloupe.media.videos import is_frame
 from gemloupe.tokenizer import Tokenizer
 
 Contents = Mapping[str, Sequence[Content]]
@@ -91,11 +92,19 @@ class Given:
         return any(self._values.values())
 
 
+def media_parts(arguments: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns a message part for each image, video and sound of a call's arguments."""
+    counts = {kind: len(_listed(kind, arguments.get(_ARGUMENTS[kind]))) for kind in KINDS}
+    return [{"type": kind} for kind in ("image", "video", "audio") for _ in range(counts[kind])]
+
+
 def _listed(kind: str, value: Any) -> list[Any]:
-    """One value or a list of them as a list. Of numbers a list is one sound."""
+    """One value or a list of them as a list; numbers are one sound, frames one video."""
     if value is None:
         return []
     if isinstance(value, (list, tuple)):
+        if kind == "video" and value and is_frame(value[0]):
+            return [value]
         if kind == "audio" and value and all(isinstance(v, (int, float)) for v in value[:16]):
             return [np.asarray(value)]
         return list(value)
@@ -245,16 +254,20 @@ def blocks(media: Sequence[Medium], bidirectional: str) -> list[tuple[int, int]]
 
 
 def engine_input(
-    media: Sequence[Medium], config: ModelConfig, skipped: int = 0
+    media: Sequence[Medium],
+    config: ModelConfig,
+    skipped: int = 0,
+    soft_tokens: Mapping[Medium, np.ndarray] | None = None,
 ) -> _core.MediaInput | None:
     """Returns what the engine reads beside the prompt's ids from the `skipped`-th on; or None.
 
-    Computes soft tokens that have not been asked for before.
+    Computes soft tokens that have not been asked for before; `soft_tokens` are instead of them.
     """
+    given = soft_tokens or {}
     if not media:
         return None
     rows = np.concatenate([medium.positions for medium in media]).astype(np.int64)
-    tokens = np.concatenate([medium.soft_tokens for medium in media])
+    tokens = np.concatenate([given[m] if m in given else m.soft_tokens for m in media])
     kept = rows >= skipped
     ranges = [
         (begin - skipped, end - skipped)

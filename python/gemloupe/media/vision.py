@@ -12,6 +12,7 @@ import numpy as np
 from gemloupe import _core
 from gemloupe.media.content import Content, SoftTokens
 from gemloupe.media.images import DEFAULT_BUDGET, Image, read_image
+from gemloupe.media.videos import VideoSource, read_video
 from gemloupe.vision_config import VisionConfig
 
 
@@ -39,6 +40,19 @@ class Vision:
         """Reads an image (see `images.read_image`); it is encoded when needed."""
         image = read_image(value, name, self.config.cell, max_soft_tokens)
         return Content("image", (image.soft_tokens,), lambda: self.encode(image), source=image)
+
+    def read_video(self, value: Any, name: str, max_soft_tokens: int | None = None) -> Content:
+        """Reads a video (see `videos.video`); its frames are encoded when they are needed."""
+        source = value if isinstance(value, VideoSource) else VideoSource(value)
+        if max_soft_tokens is not None:
+            source = dataclasses.replace(source, max_soft_tokens=max_soft_tokens)
+        video = read_video(source, name, self.config.cell)
+        lengths = tuple(frame.soft_tokens for frame in video.frames)
+
+        def encode() -> np.ndarray:
+            return np.concatenate([self.encode(frame) for frame in video.frames])
+
+        return Content("video", lengths, encode, video.labels, source=video)
 
     def encode(
         self, image: Image, hooks: _core.Hooks | None = None, first_row: int = 0

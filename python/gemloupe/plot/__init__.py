@@ -3,6 +3,9 @@
 from gemloupe.plot.attention import attention
 from gemloupe.plot.attribution import attribution
 from gemloupe.plot.cache import cache
+from gemloupe.plot.compare import errors as comparison
+from gemloupe.plot.compare import kl as comparison_kl
+from gemloupe.plot.images import boxes, image_attention
 from gemloupe.plot.induction import induction
 from gemloupe.plot.lens import lens
 from gemloupe.plot.patching import patching
@@ -11,8 +14,12 @@ from gemloupe.plot.routing import coactivation, routing, routing_drift, token_cl
 __all__ = [
     "attention",
     "attribution",
+    "boxes",
     "cache",
     "coactivation",
+    "comparison",
+    "comparison_kl",
+    "image_attention",
     "induction",
     "lens",
     "patching",
