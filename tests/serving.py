@@ -48,6 +48,13 @@ class Server:
         return self.service.registry.models[0].scheduler
 
 
+def endless(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
+    """Fields of a request whose answer is "a" over and over, up to its last token."""
+    logits = [0.0] * vocab_size
+    logits[tokenizer.encode("a", bos=False)[0]] = 1.0
+    return {"edit": {"logits": {"do": "set", "value": logits}}, "temperature": 0}
+
+
 def wait_until(condition: Any, seconds: float = 20.0) -> None:
     """Returns when `condition()` is true; AssertionError after `seconds`."""
     end = time.monotonic() + seconds

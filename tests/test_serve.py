@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import signal
 import socket
@@ -10,20 +11,25 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import ollama
 import openai
+import PIL.Image
 import pytest
+import soundfile
 
 import docs_blocks
 import gemloupe as gl
 from adapter_files import write_adapter
 from gemloupe import _core
 from gemloupe.serving.command import Options
-from serving import Server, running, wait_until
+from serving import Server, endless, running, wait_until
+from tiny_drafters import make_drafter, save_drafter
+from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
 
 TAGS = (
     "gemma4", "gemma4:2b-e2b", "gemma4:4b-e4b", "gemma4:26b-a4b", "gemma4:26b-moe", "gemma4:31b",
@@ -425,17 +431,18 @@ def test_health_and_metrics_can_be_read(server: Server, http: httpx.Client) -> N
 
 
 def test_a_client_that_goes_away_ends_its_row(server: Server) -> None:
-    body = {"prompt": "The", "max_tokens": 4000, "stream": True, "stop_token_ids": []}
-    edit = {"logits": {"do": "set", "value": 0.0}}  # Without it the model soon ends its answer.
+    model = server.model
+    body = endless(model.tokenizer, model.config.text.vocab_size)
+    body |= {"prompt": "The", "max_tokens": 4000, "stream": True}
     before = server.scheduler.counts.cancelled
     with httpx.Client(base_url=server.url, timeout=30) as http:
-        with http.stream("POST", "/v1/completions", json={**body, "edit": edit}) as answer:
+        with http.stream("POST", "/v1/completions", json=body) as answer:
             next(answer.iter_lines())
             wait_until(lambda: server.scheduler.running == 1)
     wait_until(lambda: server.scheduler.running == 0)
     assert server.scheduler.counts.cancelled == before + 1
     with httpx.Client(base_url=server.url) as http, pytest.raises(httpx.ReadTimeout):
-        whole = {**body, "edit": edit, "stream": False}
+        whole = {**body, "stream": False}
         http.post("/v1/completions", json=whole, timeout=0.2)
     wait_until(lambda: server.scheduler.running == 0)
     assert server.scheduler.counts.cancelled == before + 2
@@ -472,6 +479,7 @@ def test_released_rows_give_back_their_numbers(server: Server) -> None:
     with pytest.raises(IndexError, match="row 0 was released"):
         session.cancel(0)
     assert submit() == 0 and session.active == 2
+    assert session.step()[0].row == 1, "prompts are read in the order in which they came"
     while session.active:
         session.step()
 
@@ -523,8 +531,9 @@ def test_ctrl_c_lets_running_requests_end() -> None:
 
     try:
         wait_until(is_up, 60)
-        body = {"prompt": "The", "max_tokens": 300, "stream": True}
-        body["edit"] = {"logits": {"do": "set", "value": 0.0}}
+        model = gl.load("demo:edge")
+        body = endless(model.tokenizer, model.config.text.vocab_size)
+        body |= {"prompt": "The", "max_tokens": 300, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -560,3 +569,84 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ImportError, match=r'pip install "gemloupe\[serve\]"'):
         command.make_service("demo:edge", Options())
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("towers")
+    save_tiny(make_tiny("e2b", towers="tiny", media_ids=True), folder)
+    save_tiny_tokenizer(folder)
+    with running(str(folder)) as started:
+        yield started
+
+
+def test_images_and_sounds_are_read_from_the_request(seeing: Server) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    png, wav = io.BytesIO(), io.BytesIO()
+    PIL.Image.fromarray(picture).save(png, "PNG")
+    soundfile.write(wav, np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000, format="WAV")
+    image, sound = (base64.b64encode(each.getvalue()).decode() for each in (png, wav))
+    text = {"type": "text", "text": "hi"}
+    for theirs, mine in (
+        (
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
+            {"type": "image", "image": png.getvalue()},
+        ),
+        (
+            {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}},
+            {"type": "audio", "audio": wav.getvalue()},
+        ),
+    ):
+        client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="x", max_retries=0)
+        chat = [{"role": "user", "content": [theirs, text]}]
+        answer = client.chat.completions.create(
+            model="x", messages=chat, max_tokens=3, temperature=0, logprobs=True
+        )
+        out = seeing.model.generate(
+            [{"role": "user", "content": [mine, text]}],
+            max_new_tokens=3, temperature=0, logprobs=1,
+        )  # fmt: skip
+        got = [entry.logprob for entry in answer.choices[0].logprobs.content]
+        assert got == [logprob for logprob, _ in out.logprobs]
+        assert answer.usage.prompt_tokens == len(out.prompt) > 5
+    said = ollama.Client(host=seeing.url).chat(
+        model="x",
+        messages=[{"role": "user", "content": "hi", "images": [png.getvalue()]}],
+        options={"temperature": 0, "num_predict": 3},
+    )
+    assert said.prompt_eval_count > 5
+
+
+def test_a_drafter_changes_no_answer(seeing: Server, tmp_path: Path) -> None:
+    folder = str(seeing.model.checkpoint.folder)
+    drafter = str(save_drafter(make_drafter("e2b"), tmp_path / "drafter"))
+    bodies = [{"prompt": [2, 5 + i], "max_tokens": 12, "temperature": i % 2, "seed": i}
+              for i in range(6)]  # fmt: skip
+
+    def ask(url: str) -> list[str]:
+        with httpx.Client(base_url=url, timeout=30) as http, ThreadPoolExecutor(3) as pool:
+            answers = pool.map(lambda body: http.post("/v1/completions", json=body), bodies)
+            return [answer.json()["choices"][0]["text"] for answer in answers]
+
+    with running(folder, Options(drafter=drafter)) as drafting:
+        assert ask(drafting.url) == ask(seeing.url)
+
+
+def test_speech_is_transcribed(seeing: Server) -> None:
+    wav = io.BytesIO()
+    soundfile.write(wav, np.random.default_rng(0).normal(0, 0.1, 8_000), 16_000, format="WAV")
+    client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="x", max_retries=0)
+    mine = gl.transcribe(seeing.model, wav.getvalue(), "English")
+    said = client.audio.transcriptions.create(
+        model="x", file=("a.wav", wav.getvalue()), language="en"
+    )
+    assert said.text == mine.text
+    whole = client.audio.transcriptions.create(
+        model="x", file=("a.wav", wav.getvalue()), language="en", response_format="verbose_json"
+    )
+    assert whole.duration == pytest.approx(0.5) and whole.segments[0].text == mine.text
+    for data, text in ((b"no sound", "can't read this"), (b"", "audio|empty|file")):
+        with pytest.raises(openai.BadRequestError, match=text):
+            client.audio.transcriptions.create(model="x", file=("a.wav", data))
+    answer = httpx.post(f"{seeing.url}/v1/audio/transcriptions", content=b"x")
+    assert answer.status_code == 400 and "file is missing" in answer.json()["error"]["message"]

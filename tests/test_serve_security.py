@@ -17,7 +17,7 @@ import docs_blocks
 from adapter_files import write_adapter
 from gemloupe.serving.command import Options, is_loopback
 from gemloupe.serving.limits import Access, Limits
-from serving import Server, running, wait_until
+from serving import Server, endless, running, wait_until
 
 HI = [{"role": "user", "content": "Hi"}]
 KEY = "a secret"
@@ -31,8 +31,6 @@ LIMITS = Limits(
     max_capture=1 << 20,
     body_seconds=0.5,
 )
-# Ends no answer before its last token.
-ENDLESS = {"edit": {"logits": {"do": "set", "value": 0.0}}, "stream": True, "max_tokens": 2000}
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +258,10 @@ def test_without_an_adapter_folder_nothing_is_loaded() -> None:
 def test_a_full_queue_refuses_and_says_when_to_come_again(
     server: Server, http: httpx.Client
 ) -> None:
-    with http.stream("POST", "/v1/completions", json={"prompt": "The", **ENDLESS}) as first:
+    model = server.model
+    body = endless(model.tokenizer, model.config.text.vocab_size)
+    body |= {"prompt": "The", "stream": True, "max_tokens": 2000}
+    with http.stream("POST", "/v1/completions", json=body) as first:
         next(first.iter_lines())
         wait_until(lambda: server.scheduler.running == 1)
         with ThreadPoolExecutor(1) as pool:

@@ -306,6 +306,9 @@ def _add_serve(commands: Any) -> None:
     _add_adapter_option(group, "load a LoRA adapter of PEFT, which requests may name")
     group.add_argument("--name", metavar="NAME", help="what clients call the model")
     group.add_argument(
+        "--drafter", metavar="CHECKPOINT", help="an assistant of MODEL, which guesses its tokens"
+    )
+    group.add_argument(
         "--alias",
         action="append",
         default=[],
@@ -394,6 +397,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
             aliases=aliases,
             load={"dtype": arguments.dtype, "threads": arguments.threads},
             adapters=_adapters(arguments) or {},
+            drafter=arguments.drafter,
             limits=limits,
             access=access,
             drain=arguments.drain,

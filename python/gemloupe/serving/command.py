@@ -28,6 +28,8 @@ class Options:
     """Arguments of `gl.load`."""
     adapters: Mapping[str, float] = field(default_factory=dict)
     """Adapters of the first model: path -> scale. Requests name those that they run under."""
+    drafter: str | None = None
+    """A checkpoint that guesses tokens of the first model."""
     limits: Limits = Limits()
     access: Access = Access()
     drain: float = 30.0
@@ -75,7 +77,10 @@ def make_service(source: str, options: Options) -> Any:
             # A path is nobody's business.
             name = Path(each).name if Path(each).exists() else each
             name = options.name if each == source and options.name else name
-            served[each] = Served(name, model, Scheduler(model, options.limits))
+            drafter = None
+            if each == source and options.drafter is not None:
+                drafter = model.load_drafter(options.drafter)
+            served[each] = Served(name, model, Scheduler(model, options.limits), drafter)
     aliases = {tag: served[checkpoint] for tag, checkpoint in options.aliases.items()}
     return Service(Registry(list(served.values()), aliases), options.limits, options.access)
 

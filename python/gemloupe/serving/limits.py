@@ -26,6 +26,9 @@ class Limits:
     max_choices: int = 8
     """`n` of a request, times its prompts."""
     max_images: int = 16
+    max_sounds: int = 4
+    max_transcribed: float = 600.0
+    """Seconds of one sound for /v1/audio/transcriptions."""
     max_capture: int = 64 << 20
     """Bytes of the activations that one row may capture."""
     kv_bytes: int | None = None

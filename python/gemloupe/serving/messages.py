@@ -15,20 +15,20 @@ from gemloupe.serving.failure import ApiError
 _MAX_MESSAGES = 10_000
 
 
-def read_messages(messages: Any, *, max_images: int) -> list[dict[str, Any]]:
+def read_messages(messages: Any, *, max_images: int, max_sounds: int = 0) -> list[dict[str, Any]]:
     """Returns OpenAI's messages as `model.prepare` takes them. ApiError naming the place.
 
-    Images come inside the request, as data URLs; files and addresses are refused.
+    Images and sounds come inside the request, in base64; files and addresses are refused.
     """
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list of at least one message", param="messages")
     if len(messages) > _MAX_MESSAGES:
         raise ApiError(400, f"more than {_MAX_MESSAGES} messages", param="messages")
     read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    parts = (part for message in read for part in _parts(message))
-    images = sum(part["type"] == "image" for part in parts)
-    if images > max_images:
-        raise ApiError(400, f"{images} images; expected at most {max_images}", param="messages")
+    kinds = [part["type"] for message in read for part in _parts(message)]
+    for kind, what, most in (("image", "images", max_images), ("audio", "sounds", max_sounds)):
+        if (count := kinds.count(kind)) > most:
+            raise ApiError(400, f"{count} {what}; expected at most {most}", param="messages")
     return read
 
 
@@ -87,6 +87,8 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
         return {"type": "image", "image": _image(url, where)}
+    if kind == "input_audio" and isinstance(part.get("input_audio"), dict):
+        return {"type": "audio", "audio": _bytes(part["input_audio"].get("data"), where)}
     if kind in ("input_audio", "audio", "audio_url", "video", "video_url", "file"):
         raise ApiError(400, f"{where}: this server reads no {kind} parts", param=where)
     raise ApiError(

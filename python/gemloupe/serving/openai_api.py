@@ -76,7 +76,7 @@ def routes(service: Service) -> APIRouter:
         def ids_of() -> list[int]:
             service.check_length(found.served.model, messages or text)
             if messages is not None:
-                chat = read_messages(messages, max_images=limits.max_images)
+                chat = read_messages(messages, max_images=0)
                 ids: list[int] = found.served.model.prepare(chat).ids.tolist()
                 return ids
             return tokenizer.encode(text, bos="auto" if bos is not False else False)
@@ -307,14 +307,14 @@ async def _embeddings(service: Service, body: dict[str, Any]) -> Response:
         "dimensions", config.hidden_size, reason=f"is not supported; expected {config.hidden_size}"
     )
     warnings = [*found.warnings, *fields.finish(chat_request.WITHOUT_EFFECT)]
-    if service.embeddings_waiting >= service.limits.max_queue:
-        raise ApiError(429, "too many embeddings are waiting", code="queue_full", retry_after=2)
-    service.embeddings_waiting += 1
+    if service.passes_waiting >= service.limits.max_queue:
+        raise ApiError(429, "too many passes are waiting", code="queue_full", retry_after=2)
+    service.passes_waiting += 1
     try:
-        async with service.embedding_gate:
+        async with service.pass_gate:
             rows, tokens = await run_in_threadpool(_embed, service, found, inputs, layer, normalize)
     finally:
-        service.embeddings_waiting -= 1
+        service.passes_waiting -= 1
     data = [
         {"object": "embedding", "index": i, "embedding": _vector(row, encoding)}
         for i, row in enumerate(rows)

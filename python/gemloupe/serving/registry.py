@@ -18,6 +18,8 @@ class Served:
     name: str
     model: Any
     scheduler: Scheduler
+    drafter: Any = None
+    """What guesses tokens of its rows, or None."""
 
     @property
     def adapters(self) -> list[str]:

@@ -44,9 +44,9 @@ class Service:
     limits: Limits
     access: Access = field(default_factory=Access)
     metrics: Metrics = field(default_factory=Metrics)
-    embedding_gate: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
-    """Passes of embeddings take turns among themselves, and with those of the rows."""
-    embeddings_waiting: int = 0
+    pass_gate: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    """Embeddings and transcriptions take turns among themselves, and with the rows."""
+    passes_waiting: int = 0
     started: float = field(default_factory=time.time)
     _limiter: anyio.CapacityLimiter | None = None
 
@@ -63,7 +63,11 @@ class Service:
         )
 
     async def body(self, request: Request) -> dict[str, Any]:
-        """The request's JSON object. ApiError 413 where it is too long, 408 where it is slow."""
+        """The request's JSON object. ApiError as `raw_body`, and 400 for anything else."""
+        return await run_in_threadpool(parse_body, await self.raw_body(request))
+
+    async def raw_body(self, request: Request) -> bytes:
+        """The request's body. ApiError 413 where it is too long, 408 where it is slow."""
         limit = self.limits.max_body
         declared = request.headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > limit:
@@ -80,7 +84,7 @@ class Service:
             await asyncio.wait_for(read(), self.limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not come in time") from None
-        return await run_in_threadpool(parse_body, bytes(data))
+        return bytes(data)
 
     async def start(self, found: Found, request: GenerateRequest) -> tuple[Job, list[Row]]:
         """Prepares a request's rows in a thread of the pool and queues them."""
@@ -133,7 +137,8 @@ class Service:
                 seed = request.seed
                 if seed is not None:
                     seed = (seed + (index * request.choices + choice) * _CHOICE_SEED) % 2**63
-                row = make_rows(model, prompt, {**arguments, "seed": seed})[0]
+                more = {"seed": seed, "drafter": found.served.drafter}
+                row = make_rows(model, prompt, {**arguments, **more})[0]
                 check_capture_size(row, model.config.text, self.limits.max_capture)
                 rows.append(row)
         return rows
