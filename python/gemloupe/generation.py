@@ -34,7 +34,6 @@ from gemloupe.tool_rounds import check_template, next_prompt
 from gemloupe.tools import (
     Tool,
     ToolChoice,
-    ToolResult,
     can_run,
     parse_tools,
     read_tool_choice,
@@ -206,11 +205,12 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
         model.config.text.vocab_size,
     )
     hooked = capturing.Options(given["capture"], given["routing"], given["check_finite"])
-    requests = [
-        capturing.parse(hooked, of_row, model.config.text)
-        for of_row in capturing.row_edits(given["edit"], len(prompts) if batch else None)
-    ]
     selected = model.adapters.rows(given["adapter"], len(prompts) if batch else None)
+    row_edits = capturing.row_edits(given["edit"], len(prompts) if batch else None)
+    requests = [
+        capturing.parse(hooked, of_row, model.config.text, adapters)
+        for of_row, adapters in zip(row_edits, selected, strict=True)
+    ]
     tools = parse_tools(None if given["tool_choice"] == "none" else given["tools"])
     rounds = given["max_tool_rounds"]
     row_tools = [_row_tools(prompt, tools, rounds) for prompt in prompts]
@@ -404,12 +404,8 @@ class Row:
         ended = self.finish_reason == "stop" and self.ids[-1] in self.options.end_ids
         return ended and bool(self.calls)
 
-    def next_round(self, results: list[ToolResult], prompt: Prompt, cached: np.ndarray) -> None:
-        """Begins the round that reads `prompt`, the results of this one's calls."""
-        self.finish_reason = "tool_calls"
-        ended = self.output(None)
-        ended.tool_results = tuple(results)
-        ended.rounds = ()
+    def next_round(self, ended: Output, prompt: Prompt, cached: np.ndarray) -> None:
+        """Begins the round that reads `prompt`, the results of the calls of the one that ended."""
         self.rounds.append(ended)
         self.prompt = prompt
         self.cached_ids = cached
@@ -629,10 +625,12 @@ class Generation:
         row = self._rows[index]
         number = row.number
         results = run_tools(row.tools, row.calls)
-        said = row.output(None).message
-        prompt = next_prompt(row.prompt, said, results)
+        row.finish_reason = "tool_calls"
+        ended = row.output(None)
+        ended.tool_results, ended.rounds = tuple(results), ()
+        prompt = next_prompt(row.prompt, ended.message, results)
         cache = self._session.cache(number)
-        row.next_round(results, prompt, _tokens(cache))
+        row.next_round(ended, prompt, _tokens(cache))
         self._bind_hooks(row, index)
         try:
             row.number = self._session.submit(self._request(row, cache))
