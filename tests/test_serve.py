@@ -633,6 +633,7 @@ def test_a_drafter_changes_no_answer(seeing: Server, tmp_path: Path) -> None:
         assert ask(drafting.url) == ask(seeing.url)
 
 
+@pytest.mark.filterwarnings("ignore:the text from")
 def test_speech_is_transcribed(seeing: Server) -> None:
     wav = io.BytesIO()
     soundfile.write(wav, np.random.default_rng(0).normal(0, 0.1, 8_000), 16_000, format="WAV")
