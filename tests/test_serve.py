@@ -464,6 +464,12 @@ def test_a_row_that_fails_takes_no_other_with_it(server: Server, client: openai.
         answers = list(pool.map(ask, range(8)))
     assert all("response_format" in answer for answer in answers[::4])
     assert {answer for i, answer in enumerate(answers) if i % 4} == {ask(1)}
+    with pytest.raises(openai.APIError, match="response_format"):
+        list(
+            client.chat.completions.create(
+                model="x", messages=SUM, response_format={"regex": "a{1000000}"}, stream=True
+            )
+        )
 
 
 def test_released_rows_give_back_their_numbers(server: Server) -> None:
