@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,9 @@ def split_capture(capture: Any, prefix: str = PREFIX) -> tuple[Any, dict[str, An
     if isinstance(capture, Mapping):
         seen = {name: how for name, how in capture.items() if _begins(name, prefix)}
         return {name: how for name, how in capture.items() if name not in seen}, seen
-    names = list(capture or ())
+    if not isinstance(capture, Iterable):
+        return capture, {}
+    names = list(capture)
     return [n for n in names if not _begins(n, prefix)], {
         n: None for n in names if _begins(n, prefix)
     }
