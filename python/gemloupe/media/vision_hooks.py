@@ -6,7 +6,7 @@ import fnmatch
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from gemloupe.media.vision import Vision
 from gemloupe.positions import Span, resolve
 from gemloupe.prompt import Prompt
 from gemloupe.vision_config import VisionConfig
+
+if TYPE_CHECKING:
+    from gemloupe.model import Model
 
 PREFIX = "vision."
 _CELLS = ("vision.pooled", "vision.standardized", "vision.soft_tokens")
@@ -116,7 +119,7 @@ class VisionRequest:
 
 
 def parse(
-    vision: Vision | None,
+    model: Model,
     capture: Mapping[str, Any],
     edit: Sequence[tuple[str, Any]],
     check_finite: bool,
@@ -124,6 +127,7 @@ def parse(
     """Returns the request; KeyError with close matches for a pattern that matches nothing."""
     if not capture and not edit:
         return VisionRequest((), (), check_finite)
+    vision = model.vision
     if vision is None:
         name = next(iter(capture), edit[0][0] if edit else "")
         raise KeyError(f"{quoted(name)} matches no hook point: this checkpoint has no vision part")
