@@ -94,7 +94,7 @@ def test_a_converted_checkpoint_has_the_adapter_in_it(folder, adapter, tmp_path,
         rounding = np.abs(logits(gl.load(folder, dtype=dtype)) - plain).max()
         assert np.abs(logits(got) - want).max() < 3 * rounding + room
     assert "mine × 0.5" in got.checkpoint.provenance.adapter
-    assert "with the adapter" in str(got.explain())
+    assert "adapter folded in" in str(got.explain())
     assert sorted(path.name for path in made.iterdir() if "changed" in path.name) == []
 
 

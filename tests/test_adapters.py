@@ -543,6 +543,38 @@ def test_adapters_load_while_others_generate(two, made):
     assert not failures
 
 
+# What can be seen.
+
+
+def test_what_an_adapter_adds_to_a_module_is_captured(two):
+    point, delta = "layers.2.attn.q_proj", "lora.a.layers.2.attn.q_proj"
+    read = "layers.2.attn.norm"
+    run = two.run(IDS, adapter={"a": 0.5, "b": 1}, capture=[read, point, "lora.*.layers.2.attn.*"])
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    wanted = {f"lora.{a}.layers.2.attn.{name}" for a in "ab" for name in names}
+    assert set(run.captured) == {read, point, *wanted}
+    plain = two.weights["layers.2.self_attn.q_proj.weight"]
+    changes = sum(run[f"lora.{a}.layers.2.attn.q_proj"] for a in "ab")
+    whole = run[point].reshape(len(IDS), -1)
+    np.testing.assert_allclose(run[read] @ plain.T + changes, whole, atol=1e-5)
+    pair = next(p for p in two.adapters["a"].match.low_rank if p.module.label == point)
+    read_of = two.adapters["a"].folder.read
+    product = 0.5 * pair.scale * run[read] @ read_of(pair.a).T @ read_of(pair.b).T
+    np.testing.assert_allclose(run[delta], product, atol=1e-5)
+    assert np.array_equal(run.captured.positions_of(delta), np.arange(len(IDS)))
+    out = two.generate(IDS, adapter="a", capture=delta, max_new_tokens=3, temperature=0)
+    assert out.captured[delta].shape == (len(IDS) + 2, product.shape[1])
+    last = two.run(IDS, adapter="a", capture={delta: gl.at(-1)})
+    np.testing.assert_allclose(last[delta], out.captured[delta][len(IDS) - 1 : len(IDS)], atol=1e-5)
+
+
+def test_a_change_that_is_not_there_says_what_is(two):
+    with pytest.raises(KeyError, match="Did you mean 'lora.a.layers.2.attn.q_proj'"):
+        logits(two, adapter="a", capture="lora.a.layers.2.attn.q_prj")
+    with pytest.raises(KeyError, match="This call runs under none"):
+        logits(two, capture="lora.a.*")
+
+
 # What is said.
 
 
@@ -586,17 +618,26 @@ def test_the_report_shows_and_counts(base, made):
 # Merging.
 
 
+@pytest.mark.parametrize("requantize", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-def test_a_merged_adapter_is_the_side_path_and_leaves_no_bit(base, made, dtype):
-    _, folder = made()
+def test_a_merged_adapter_is_the_side_path_to_rounding_and_leaves_no_bit(
+    base, made, dtype, requantize
+):
     model = base(dtype=dtype)
-    model.load_adapter(folder, name="a")
-    plain, side = logits(model), logits(model, adapter="a")
-    table = model.merge_adapter("a")
-    merged = logits(model)
+    model.load_adapter(made()[1], name="a")
+    point, read = "layers.0.attn.q_proj", "layers.0.attn.norm"
+    plain = logits(model)
+    side = model.run(IDS, adapter="a", capture=[point, read], logits="all")
+    weight = model.weights["layers.0.self_attn.q_proj.weight"].astype(np.float64)
+    table = model.merge_adapter("a", requantize=requantize)
+    merged = model.run(IDS, capture=[point, read], logits="all")
+    assert np.array_equal(merged[read], side[read])  # Nothing before it is adapted.
     errors = dict(zip(table["module"], table["error"], strict=True))
-    assert max(errors.values()) <= {"float32": 1e-6, "bfloat16": 2**-8}.get(dtype, 0.02)
-    assert np.abs(merged - side).max() < 0.2 * np.abs(side - plain).max()
+    bound = rounding_of_both(model, weight, side[read].astype(np.float64), errors[point], dtype)
+    off = np.abs(merged[point] - side[point]).reshape(len(IDS), -1)
+    assert (off <= bound).all()
+    if dtype == "float32":
+        np.testing.assert_allclose(merged.logits, side.logits, atol=1e-4)
     with pytest.raises(ValueError, match="is merged into the weights already"):
         logits(model, adapter="a")
     with model.disable_adapter(), pytest.raises(RuntimeError, match="can't be disabled"):
@@ -605,7 +646,40 @@ def test_a_merged_adapter_is_the_side_path_and_leaves_no_bit(base, made, dtype):
         model.delete_adapter("a")
     model.unmerge_adapter()
     assert np.array_equal(logits(model), plain)
-    assert np.array_equal(logits(model, adapter="a"), side)
+    assert np.array_equal(logits(model, adapter="a"), side.logits)
+
+
+def rounding_of_both(model, weight, x, error, dtype) -> np.ndarray:
+    """|merged − side| [T, out] at most: from operand norms, dtypes' roundoff, and merge's error."""
+    pair = next(
+        p for p in model.adapters["a"].match.low_rank if p.module.label == "layers.0.attn.q_proj"
+    )
+    a, b = (model.adapters["a"].folder.read(t).astype(np.float64) for t in (pair.a, pair.b))
+    changed = weight + pair.scale * b @ a
+    size = np.linalg.norm(x, axis=1)[:, None]
+    plain = {"float32": 2.0**-20, "bfloat16": 2.0**-8}.get(dtype, 2.0**-7)
+    product = abs(pair.scale) * np.linalg.norm(b, axis=1) * np.linalg.norm(a)
+    held = (2.0**-18 if dtype == "float32" else 3 * 2.0**-8) * size * product
+    # Activations are rounded on both sides: to int8 by half a step of 1/127 of a group's largest.
+    inputs = plain * size if dtype in ("float32", "bfloat16") else np.abs(x).max(1)[:, None] / 254
+    inputs = inputs * (x.shape[1] ** 0.5 if dtype.startswith("int") else 1)
+    rows = np.linalg.norm(weight, axis=1) + np.linalg.norm(changed, axis=1)
+    return held + inputs * rows + (error + 2.0**-20) * np.linalg.norm(changed) * size
+
+
+def test_several_adapters_merge_and_leave_one_by_one(two):
+    both, one = logits(two, adapter={"a": 0.5, "b": 1}), logits(two, adapter="b")
+    two.merge_adapter("a", 0.5)
+    two.merge_adapter("b")
+    assert two.list_adapters()["active"] == ["merged", "merged"]
+    np.testing.assert_allclose(logits(two), both, atol=1e-4)
+    two.unmerge_adapter("a")
+    np.testing.assert_allclose(logits(two), one, atol=1e-4)
+    with pytest.raises(RuntimeError, match="adapter 'a' is not merged"):
+        two.unmerge_adapter("a")
+    with pytest.raises(RuntimeError, match="'b' is merged already"):
+        two.merge_adapter("b")
+    two.unmerge_adapter()
 
 
 def test_configs_of_a_hostile_size_are_refused(base, made, tmp_path):

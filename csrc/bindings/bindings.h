@@ -84,6 +84,7 @@ const void* AdapterIdentity(const pybind11::object& adapter);
 void RememberMainThread();
 void BindAdapters(pybind11::module_& module);
 void BindConfig(pybind11::module_& module);
+void BindDrafter(pybind11::module_& module);
 void BindHooks(pybind11::module_& module);
 void BindGguf(pybind11::module_& module);
 void BindKvCache(pybind11::module_& module);

@@ -92,6 +92,7 @@ PYBIND11_MODULE(_core, module) {
   gemloupe::BindKvCache(module);
   gemloupe::BindWeights(module);
   gemloupe::BindAdapters(module);
+  gemloupe::BindDrafter(module);
   gemloupe::BindHooks(module);
   gemloupe::BindTextModel(module);
   gemloupe::BindAudioTower(module);

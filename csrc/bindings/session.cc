@@ -47,6 +47,8 @@ void BindSession(py::module_& module) {
       .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.")
       .def_readwrite("mask", &RowRequest::mask, "A TokenMask that is asked for every token.")
       .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.")
+      .def_readwrite("drafter", &RowRequest::drafter, "A Drafter of this model, or None.")
+      .def_readwrite("draft_tokens", &RowRequest::draft_tokens, "Most guesses of a pass.")
       .def_property(
           "adapters", nullptr,
           [](RowRequest& request, const PyAdapterMix& adapters) {
@@ -68,7 +70,9 @@ void BindSession(py::module_& module) {
       .def_readonly("row", &StepResult::row)
       .def_readonly("token", &StepResult::token, "-1: a chunk of the prompt was read.")
       .def_readonly("prefilled", &StepResult::prefilled)
-      .def_readonly("finish_reason", &StepResult::finish_reason, "\"\", \"stop\" or \"length\".")
+      .def_readonly("finish_reason", &StepResult::finish_reason,
+                    "\"\", \"stop\", \"length\" or \"error\".")
+      .def_readonly("error", &StepResult::error, "Why the row can't go on; \"\" where it can.")
       .def_readonly("logprobs", &StepResult::logprobs)
       .def_readonly("prompt_logprobs", &StepResult::prompt_logprobs);
 
@@ -90,6 +94,14 @@ void BindSession(py::module_& module) {
           },
           "Runs one pass: a chunk of a prompt, or one token of each row.")
       .def(
+          "drafts",
+          [](const Session& session, int row) {
+            const DraftCounts counts =
+                ValueOrThrow(WithoutGil([&] { return session.Drafts(row); }));
+            return py::make_tuple(counts.passes, counts.drafted, counts.accepted);
+          },
+          py::arg("row"), "(passes that checked guesses, guesses, those that were right).")
+      .def(
           "cancel",
           [](Session& session, int row) {
             ThrowIfError(WithoutGil([&] { return session.Cancel(row); }));
@@ -101,6 +113,12 @@ void BindSession(py::module_& module) {
             ThrowIfError(WithoutGil([&] { return session.Rollback(row); }));
           },
           py::arg("row"), "Ends a row and gives its cache the content it was submitted with.")
+      .def(
+          "release",
+          [](Session& session, int row) {
+            ThrowIfError(WithoutGil([&] { return session.Release(row); }));
+          },
+          py::arg("row"), "Ends a row and frees what it holds; a later row may get its number.")
       .def(
           "cache",
           [](const Session& session, int row) {

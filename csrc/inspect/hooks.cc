@@ -255,6 +255,25 @@ void Hooks::Append(Capture& capture, const Site& site, ConstMatrix x) {
   }
 }
 
+bool Hooks::CanForget() const {
+  const auto has_edits = [](const auto& entry) { return !entry.second.edits.empty(); };
+  const auto keeps_rows = [](const Capture& capture) {
+    return !KeepsOneRow(capture.reduce) && !IsByHead(capture.point) && !IsCached(capture.point);
+  };
+  return std::none_of(points_.begin(), points_.end(), has_edits) &&
+         std::all_of(captures_.begin(), captures_.end(), keeps_rows);
+}
+
+void Hooks::ForgetFrom(int64_t position) {
+  for (Capture& capture : captures_) {
+    while (!capture.positions.empty() && capture.positions.back() >= position) {
+      capture.positions.pop_back();
+      --capture.rows;
+      capture.values.resize(capture.values.size() - static_cast<size_t>(capture.cols));
+    }
+  }
+}
+
 void Hooks::BeginPass(bool decoding) {
   decoding_ = decoding;
   marks_.clear();

@@ -81,6 +81,12 @@ class Hooks {
   // changed; only points with edits can change.
   StatusOr<bool> Visit(const Site& site, Matrix x);
 
+  // Whether rows can be taken out of every capture again: there are no edits, which act at once, and
+  // nothing is averaged.
+  bool CanForget() const;
+  // Takes out the rows of positions from this one on: a pass computed them on a guess that was wrong.
+  void ForgetFrom(int64_t position);
+
   // A pass that fails leaves the captures as they were.
   void BeginPass(bool decoding);
   void EndPass(bool ok);

@@ -19,6 +19,11 @@ namespace {
 KeyRange VisibleKeys(const LayerSpec& spec, int64_t start, int64_t position, int64_t pass_end,
                      int64_t block_end) {
   KeyRange range;
+  if (spec.behind_cache) {
+    range.begin = spec.window == 0 ? start : std::max(start, position - spec.window - 1);
+    range.end = position;
+    return range;
+  }
   // The reference bounds the distance inclusively where attention looks both ways.
   const int64_t reach = spec.bidirectional ? spec.window : spec.window - 1;
   range.begin = spec.window == 0 ? start : std::max(start, position - reach);
@@ -147,6 +152,10 @@ Status AttentionLayer::Attend(ConstMatrix q, const PassContext& ctx, Matrix z) c
       const int64_t block_end = ctx.batch->block_ends.empty() ? 0 : ctx.batch->block_ends[at];
       ranges.push_back(VisibleKeys(spec_, segment.cache->start(), ctx.batch->positions[at],
                                    segment.end, block_end));
+      if (spec_.behind_cache) {
+        ranges.back().begin =
+            std::max(ranges.back().begin, segment.cache->FirstPosition(ctx.layer));
+      }
     }
     const ConstMatrix own_q = q.RowRange(segment.row, segment.rows);
     const Matrix own_z = z.RowRange(segment.row, segment.rows);

@@ -20,6 +20,9 @@ struct LayerSpec {
   bool values_are_keys = false;  // no v_proj: values come from the raw keys
   bool has_experts = false;
   bool bidirectional = false;  // a query also sees later positions of its pass
+  // Queries stand behind the cache and see what it holds; where there is a window, its last
+  // window + 1 positions (a drafter's layers).
+  bool behind_cache = false;
   RopeSpec rope;
   int rope_index = 0;  // of PassContext::angles
 };

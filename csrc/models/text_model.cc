@@ -168,6 +168,7 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
   arena_.ShrinkTo(kKeptScratch);
   each_hook([&](Hooks& of) { of.EndPass(status.ok()); });
   if (!status.ok()) return status;
+  if (request.keep_length) return status;
   for (const Segment& segment : request.batch.segments) {
     segment.cache->Advance(request.batch.ids.data() + segment.row, segment.rows);
   }
@@ -345,7 +346,7 @@ Status TextModel::RunLayers(const PassRequest& request, PassContext& ctx,
   ctx.layer = -1;
   ctx.kv_stored = false;
   if (!plan.wants_head) return absl::OkStatus();
-  return Head(resid, logits_rows, request.softcap, ctx, logits);
+  return Head(resid, logits_rows, request, ctx, logits);
 }
 
 // (norm(projection(embed) / √D) + √P · table[ids]) / √2 for the layers of `parts`, which follow each
@@ -394,7 +395,7 @@ Status TextModel::PerLayerInputs(ConstMatrix embed, std::span<const InputLayers>
 }
 
 Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
-                       std::optional<float> softcap, PassContext& ctx,
+                       const PassRequest& request, PassContext& ctx,
                        std::vector<float>& logits) const {
   const Arena::Scope scope(*ctx.arena);
   const auto count = static_cast<int64_t>(rows.size());
@@ -416,6 +417,7 @@ Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
   }
   logits.resize(static_cast<size_t>(count * config_.vocab_size));
   if (count == 0) return absl::OkStatus();
+  if (request.final_norm != nullptr) request.final_norm->assign(x.data, x.data + x.rows * x.cols);
   const Batch batch = ctx.batch->Select(rows);
   ctx.batch = &batch;
   const Matrix dst(logits.data(), count, config_.vocab_size);
@@ -424,7 +426,7 @@ Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
   const AdaptedJob job = {AdaptedModule::kHead, &embed_tokens_, dst};
   GL_RETURN_IF_ERROR(AdaptedLinear(x, {&job, 1}, path, ctx));
   ctx.Visit(HookPoint::kLogitsRaw, dst);
-  const float cap = softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
+  const float cap = request.softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
   if (cap > 0.0f) Softcap(cap, dst);
   ctx.Visit(HookPoint::kLogits, dst);
   return absl::OkStatus();

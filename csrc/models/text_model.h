@@ -18,6 +18,7 @@
 #include "layers/norm.h"
 #include "models/config.h"
 #include "models/decoder_layer.h"
+#include "ops/rows.h"
 #include "state/batch.h"
 
 namespace gemloupe {
@@ -47,8 +48,11 @@ struct PassRequest {
   // the caches hold what earlier layers stored.
   int first_layer = 0;
   ConstMatrix resid_pre;
-  bool row_exact = false;         // decode: a row's bits do not depend on its neighbours
-  std::optional<float> softcap;   // instead of the config's; 0 for none
+  bool row_exact = false;  // decode: a row's bits do not depend on its neighbours
+  // The caches keep their length: the caller knows later which tokens stay, and calls Advance.
+  bool keep_length = false;
+  std::vector<float>* final_norm = nullptr;  // if wanted: [logits_rows, D], what logits are made of
+  std::optional<float> softcap;              // instead of the config's; 0 for none
   std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled
 };
 
@@ -88,6 +92,11 @@ class TextModel {
   StatusOr<std::vector<MergedModule>> SetMerged(const AdapterMix& adapters,
                                                 const MergeOptions& options);
 
+  // The embeddings [T, D] that the first layer reads for these ids. Needs a pass of the thread pool.
+  void Embed(std::span<const int32_t> ids, Matrix dst) const {
+    GatherRows(embed_tokens_, ids.data(), 0, embed_scale_, dst);
+  }
+
   const TextConfig& config() const { return config_; }
   const TextModelOptions& options() const { return options_; }
   const WeightStore& weights() const { return weights_; }
@@ -105,7 +114,7 @@ class TextModel {
   Status RunLayers(const PassRequest& request, PassContext& ctx, std::vector<float>& logits);
   Status PerLayerInputs(ConstMatrix embed, std::span<const InputLayers> parts,
                         const PassContext& ctx, Matrix inputs) const;
-  Status Head(ConstMatrix resid, const std::vector<int64_t>& rows, std::optional<float> softcap,
+  Status Head(ConstMatrix resid, const std::vector<int64_t>& rows, const PassRequest& request,
               PassContext& ctx, std::vector<float>& logits) const;
   void SetBatch(const Batch& batch, PassContext& ctx) const;
 

@@ -15,6 +15,11 @@ inline constexpr char kPerLayerModelProjection[] = "per_layer_model_projection.w
 inline constexpr char kPerLayerProjectionNorm[] = "per_layer_projection_norm.weight";    // [P]
 inline constexpr char kFinalNorm[] = "norm.weight";                                      // [D]
 
+// Of drafters, beside kEmbedTokens, kFinalNorm and the names of layers:
+inline constexpr char kDrafterPreProjection[] = "pre_projection.weight";          // [h, 2 B]
+inline constexpr char kDrafterPostProjection[] = "post_projection.weight";        // [B, h]
+inline constexpr char kDrafterCentroids[] = "masked_embedding.centroids.weight";  // [clusters, h]
+
 // Of layer i:
 inline constexpr char kInputNorm[] = "input_layernorm.weight";
 inline constexpr char kPostAttentionNorm[] = "post_attention_layernorm.weight";

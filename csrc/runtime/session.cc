@@ -10,6 +10,28 @@
 namespace gemloupe {
 namespace {
 
+// What a checked guess costs, in passes of one row: eight rows take about 1.4 times as long as one, and
+// the drafter takes its own time.
+constexpr double kDraftCost = 0.1;
+
+// The number of guesses that gives the most tokens for the time, if each is right with probability p.
+int64_t BestDraftLength(double p, int64_t most) {
+  int64_t best = 1;
+  double best_rate = 0.0;
+  double tokens = 1.0;
+  double all_right = 1.0;
+  for (int64_t count = 1; count <= most; ++count) {
+    all_right *= p;
+    tokens += all_right;
+    const double rate = tokens / (1.0 + kDraftCost * static_cast<double>(count));
+    if (rate > best_rate) {
+      best_rate = rate;
+      best = count;
+    }
+  }
+  return best;
+}
+
 // Rows of a pass whose every row gives logits: bounds them to 64 · V floats.
 constexpr int64_t kLogitsChunk = 64;
 
@@ -60,6 +82,13 @@ StatusOr<int> Session::Submit(RowRequest request) {
     return absl::InvalidArgumentError(absl::StrCat("the token mask is for ", request.mask->vocab(),
                                                    " ids, expected ", model_->config().vocab_size));
   }
+  if (request.drafter != nullptr && request.drafter->target_id() != model_->id()) {
+    return absl::InvalidArgumentError("the drafter was loaded for another model");
+  }
+  if (request.draft_tokens < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("draft_tokens is ", request.draft_tokens, ", expected 1 or more"));
+  }
   if (request.cache == nullptr) {
     KvCacheOptions options;
     options.dtype = model_->options().kv_dtype;
@@ -83,19 +112,38 @@ StatusOr<int> Session::Submit(RowRequest request) {
   row->before = row->request.cache->Fork();
   row->sampler.Observe(row->request.cache->tokens());
   row->sampler.Observe(row->request.ids);
-  rows_.push_back(std::move(row));
-  return static_cast<int>(rows_.size()) - 1;
+  row->order = submitted_++;
+  const auto free = std::find(rows_.begin(), rows_.end(), nullptr);
+  const auto number = static_cast<int>(free - rows_.begin());
+  if (free == rows_.end()) {
+    rows_.push_back(std::move(row));
+  } else {
+    *free = std::move(row);
+  }
+  return number;
 }
 
 StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& stopped) {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
   std::vector<int> decoding;
+  int prefilling = -1;
+  int64_t first = submitted_;
   for (int i = 0; i < static_cast<int>(rows_.size()); ++i) {
+    if (rows_[static_cast<size_t>(i)] == nullptr) continue;
     const Row& row = *rows_[static_cast<size_t>(i)];
     if (row.done) continue;
-    if (row.prefilled < static_cast<int64_t>(row.request.ids.size())) return Prefill(i, stopped);
-    decoding.push_back(i);
+    if (row.prefilled < static_cast<int64_t>(row.request.ids.size())) {
+      if (row.order < first) prefilling = i;
+      first = std::min(first, row.order);
+    } else {
+      decoding.push_back(i);
+    }
   }
+  if (prefilling >= 0 && (decoding.empty() || !decode_next_)) {
+    decode_next_ = true;
+    return Prefill(prefilling, stopped);
+  }
+  decode_next_ = false;
   if (decoding.empty()) return std::vector<StepResult>();
   // More rows than a pass takes go in turns.
   const size_t count = std::min<size_t>(decoding.size(), kMaxKernelRows);
@@ -104,6 +152,9 @@ StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& sto
               decoding.end());
   next_decode_ = decoding.size() > count ? next_decode_ + count : 0;
   decoding.resize(count);
+  // One soft-cap serves a pass.
+  const auto softcap = [&](int row) { return rows_[static_cast<size_t>(row)]->request.softcap; };
+  std::erase_if(decoding, [&, cap = softcap(decoding[0])](int row) { return softcap(row) != cap; });
   return Decode(decoding, stopped);
 }
 
@@ -130,6 +181,7 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   pass.adapters = {row.request.adapters};
   pass.softcap = row.request.softcap;
   pass.stopped = stopped;
+  if (row.request.drafter != nullptr) pass.final_norm = &final_norm_;
   GL_RETURN_IF_ERROR(model_->Forward(pass, logits_));
   const int64_t vocab = model_->config().vocab_size;
   if (wants_prompt) {
@@ -145,43 +197,104 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
     float* last = logits_.data() + static_cast<int64_t>(logits_.size()) - vocab;
     GL_ASSIGN_OR_RETURN(result, Choose(index, last, stopped));
     result.prompt_logprobs = std::move(row.prompt_logprobs);
+    if (pass.final_norm != nullptr) {
+      row.hidden.assign(final_norm_.end() - model_->config().hidden_size, final_norm_.end());
+    }
   }
   result.row = index;
   result.prefilled = end;
   return std::vector<StepResult>{std::move(result)};
 }
 
+// The guesses of each of these rows, none for rows that go without.
+StatusOr<std::vector<std::vector<int32_t>>> Session::Draft(const std::vector<int>& indices) {
+  std::vector<std::vector<int32_t>> drafts(indices.size());
+  const int64_t spare = kMaxKernelRows / static_cast<int64_t>(indices.size()) - 1;
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const Row& row = *rows_[static_cast<size_t>(indices[i])];
+    const RowRequest& request = row.request;
+    const bool fixed = request.hooks != nullptr && !request.hooks->CanForget();
+    if (request.drafter == nullptr || request.mask != nullptr || fixed) continue;
+    const int64_t most =
+        std::min({spare, request.draft_tokens, request.max_new_tokens - row.generated - 1});
+    if (most < 1) continue;
+    const Drafter::Row last = {request.cache.get(), row.last_token, row.hidden.data()};
+    GL_RETURN_IF_ERROR(request.drafter->Draft(*model_, {&last, 1},
+                                              BestDraftLength(row.acceptance, most), drafts[i]));
+  }
+  return drafts;
+}
+
 StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indices,
                                                   const std::function<bool()>& stopped) {
   std::vector<KvLease> leases;
-  PassRequest pass;
-  pass.row_exact = true;
-  pass.stopped = stopped;
   for (const int index : indices) {
-    Row& row = *rows_[static_cast<size_t>(index)];
-    GL_ASSIGN_OR_RETURN(KvLease lease, KvLease::Take(row.request.cache));
-    pass.logits_rows.push_back(pass.batch.rows());
-    pass.batch.Append(lease.get(), &row.last_token, 1);
-    pass.hooks.push_back(row.request.hooks.get());
-    pass.adapters.push_back(row.request.adapters);
+    GL_ASSIGN_OR_RETURN(KvLease lease,
+                        KvLease::Take(rows_[static_cast<size_t>(index)]->request.cache));
     leases.push_back(std::move(lease));
   }
-  // One soft-cap serves the pass: rows of one call share it.
+  GL_ASSIGN_OR_RETURN(const std::vector<std::vector<int32_t>> drafts, Draft(indices));
+  PassRequest pass;
+  pass.row_exact = true;
+  pass.keep_length = true;
+  pass.final_norm = &final_norm_;
+  pass.stopped = stopped;
+  std::vector<std::vector<int32_t>> read;  // by each row: its last token, then its guesses
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const Row& row = *rows_[static_cast<size_t>(indices[i])];
+    read.push_back({row.last_token});
+    read.back().insert(read.back().end(), drafts[i].begin(), drafts[i].end());
+    for (size_t at = 0; at < read.back().size(); ++at) {
+      pass.logits_rows.push_back(pass.batch.rows() + static_cast<int64_t>(at));
+    }
+    pass.batch.Append(leases[i].get(), read.back().data(),
+                      static_cast<int64_t>(read.back().size()));
+    pass.hooks.push_back(row.request.hooks.get());
+    pass.adapters.push_back(row.request.adapters);
+  }
   pass.softcap = rows_[static_cast<size_t>(indices[0])]->request.softcap;
   GL_RETURN_IF_ERROR(model_->Forward(pass, logits_));
+
   std::vector<StepResult> results;
   const int64_t vocab = model_->config().vocab_size;
+  const int64_t hidden_size = model_->config().hidden_size;
   for (size_t i = 0; i < indices.size(); ++i) {
-    float* logits = logits_.data() + static_cast<int64_t>(i) * vocab;
-    StatusOr<StepResult> result = Choose(indices[i], logits, stopped);
-    if (!result.ok()) {
-      // Every cache of the pass holds a token more: these rows can't go on.
-      for (const int index : indices) rows_[static_cast<size_t>(index)]->done = true;
-      return result.status();
+    Row& row = *rows_[static_cast<size_t>(indices[i])];
+    const int64_t first = pass.batch.segments[i].row;
+    size_t kept = 0;  // tokens of read[i] that the sequence has
+    while (kept < read[i].size()) {
+      // A guess is right where the row chooses it itself.
+      if (kept > 0 && (row.done || row.last_token != read[i][kept])) break;
+      const int64_t at = first + static_cast<int64_t>(kept++);
+      StatusOr<StepResult> result = Choose(indices[i], logits_.data() + at * vocab, stopped);
+      if (!result.ok()) {
+        // What the other rows chose is lost: these rows can't go on.
+        for (const int index : indices) rows_[static_cast<size_t>(index)]->done = true;
+        return result.status();
+      }
+      results.push_back(*std::move(result));
     }
-    results.push_back(*std::move(result));
+    leases[i].get()->Advance(read[i].data(), static_cast<int64_t>(kept));
+    if (row.request.drafter == nullptr) continue;
+    if (row.request.hooks != nullptr && kept < read[i].size()) {
+      row.request.hooks->ForgetFrom(row.request.cache->length());
+    }
+    const float* hidden =
+        final_norm_.data() + (first + static_cast<int64_t>(kept) - 1) * hidden_size;
+    row.hidden.assign(hidden, hidden + hidden_size);
+    CountDrafts(static_cast<int64_t>(drafts[i].size()), static_cast<int64_t>(kept) - 1, row);
   }
   return results;
+}
+
+void Session::CountDrafts(int64_t drafted, int64_t accepted, Row& row) {
+  if (drafted == 0) return;
+  ++row.drafts.passes;
+  row.drafts.drafted += drafted;
+  row.drafts.accepted += accepted;
+  // Guesses after a wrong one say nothing.
+  const double tried = static_cast<double>(std::min(drafted, accepted + 1));
+  row.acceptance += 0.2 * (static_cast<double>(accepted) / tried - row.acceptance);
 }
 
 StatusOr<StepResult> Session::Choose(int index, float* logits,
@@ -191,6 +304,14 @@ StatusOr<StepResult> Session::Choose(int index, float* logits,
   if (row.request.mask != nullptr) {
     StatusOr<const uint32_t*> answer = row.request.mask->Take(stopped);
     row.done = row.done || !answer.ok();
+    if (absl::IsInvalidArgument(answer.status())) {
+      StepResult failed;
+      failed.row = index;
+      failed.prefilled = row.prefilled;
+      failed.finish_reason = "error";
+      failed.error = std::string(answer.status().message());
+      return failed;
+    }
     GL_ASSIGN_OR_RETURN(allowed, std::move(answer));
   }
   const int64_t vocab = model_->config().vocab_size;
@@ -218,7 +339,9 @@ StatusOr<StepResult> Session::Choose(int index, float* logits,
 }
 
 Status Session::CheckRow(int row) const {
-  if (row >= 0 && row < static_cast<int>(rows_.size())) return absl::OkStatus();
+  const bool inside = row >= 0 && row < static_cast<int>(rows_.size());
+  if (inside && rows_[static_cast<size_t>(row)] != nullptr) return absl::OkStatus();
+  if (inside) return absl::OutOfRangeError(absl::StrCat("row ", row, " was released"));
   return absl::OutOfRangeError(
       absl::StrCat("row ", row, " is unknown; this session has rows 0 to ", rows_.size(), " − 1"));
 }
@@ -244,10 +367,23 @@ Status Session::Rollback(int row) {
   return absl::OkStatus();
 }
 
+Status Session::Release(int row) {
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  GL_RETURN_IF_ERROR(CheckRow(row));
+  rows_[static_cast<size_t>(row)].reset();
+  return absl::OkStatus();
+}
+
 int Session::active() const {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
-  return static_cast<int>(
-      std::count_if(rows_.begin(), rows_.end(), [](const auto& row) { return !row->done; }));
+  return static_cast<int>(std::count_if(
+      rows_.begin(), rows_.end(), [](const auto& row) { return row != nullptr && !row->done; }));
+}
+
+StatusOr<DraftCounts> Session::Drafts(int row) const {
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  GL_RETURN_IF_ERROR(CheckRow(row));
+  return rows_[static_cast<size_t>(row)]->drafts;
 }
 
 StatusOr<std::shared_ptr<KvCache>> Session::Cache(int row) const {

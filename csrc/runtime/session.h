@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "models/drafter.h"
 #include "models/text_model.h"
 #include "runtime/run.h"
 #include "runtime/sampler.h"
@@ -32,6 +33,18 @@ struct RowRequest {
   std::shared_ptr<TokenMask> mask;          // asked before every token; null: any id
   std::shared_ptr<const MediaInput> media;  // of the ids; null: words only
   AdapterMix adapters;
+  // Guesses tokens that a pass then checks together; null: none. The tokens are those that the row would
+  // choose without. Rows with edits, captures that keep no rows, or a mask go without guesses, and so
+  // do more than half a pass of rows.
+  std::shared_ptr<Drafter> drafter;
+  int64_t draft_tokens = 4;  // the most of a pass
+};
+
+// What became of a row's guesses.
+struct DraftCounts {
+  int64_t passes = 0;  // that checked guesses
+  int64_t drafted = 0;
+  int64_t accepted = 0;
 };
 
 // What one step did to one row.
@@ -39,7 +52,8 @@ struct StepResult {
   int row = 0;
   int32_t token = -1;         // −1: a chunk of the prompt was read, no token yet
   int64_t prefilled = 0;      // tokens of the prompt read so far
-  std::string finish_reason;  // "", "stop" or "length"
+  std::string finish_reason;  // "", "stop", "length" or "error"
+  std::string error;          // why no token of this row can be chosen; the others go on
   std::optional<TokenLogprobs> logprobs;
   // With the first token: one entry a prompt token after the first.
   std::vector<TokenLogprobs> prompt_logprobs;
@@ -56,14 +70,17 @@ class Session {
   // InvalidArgument for a bad option.
   StatusOr<int> Submit(RowRequest request);
   // Runs one pass. `stopped` as in PassRequest. On any error but bad use the rows can go on or be
-  // cancelled; no cache is left half written. An error of a token mask ends the rows of its pass.
+  // cancelled; no cache is left half written. An error of a token mask ends its own row (`error`).
   StatusOr<std::vector<StepResult>> Step(const std::function<bool()>& stopped);
   // Ends a row; its cache keeps what was computed. OutOfRange for an unknown row.
   Status Cancel(int row);
   // Ends a row and gives its cache the content that it had when the row was submitted.
   Status Rollback(int row);
+  // Ends a row and frees what it holds; its number may be given to a later row.
+  Status Release(int row);
   // Rows that are not finished.
   int active() const;
+  StatusOr<DraftCounts> Drafts(int row) const;
   // The cache of a row, finished or not.
   StatusOr<std::shared_ptr<KvCache>> Cache(int row) const;
 
@@ -74,26 +91,35 @@ class Session {
     RowRequest request;
     Sampler sampler;
     std::shared_ptr<KvCache> before;  // a fork of the cache as it was submitted
+    int64_t order = 0;                // prompts are read in this order
     int64_t prefilled = 0;
     int64_t generated = 0;
     int32_t last_token = -1;  // chosen, not yet in the cache
     std::vector<TokenLogprobs> prompt_logprobs;
     bool done = false;
+    std::vector<float> hidden;  // [D] after the final norm, of which last_token was chosen
+    DraftCounts drafts;
+    double acceptance = 0.7;  // of a guess, as lately seen
   };
 
   Status CheckRow(int row) const;
   StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
                                            const std::function<bool()>& stopped);
+  static void CountDrafts(int64_t drafted, int64_t accepted, Row& row);
+  StatusOr<std::vector<std::vector<int32_t>>> Draft(const std::vector<int>& rows);
   StatusOr<StepResult> Choose(int row, float* logits, const std::function<bool()>& stopped);
 
   std::shared_ptr<TextModel> model_;
   int64_t chunk_;
   // One thread at a time; an edit function may end rows of the step that calls it.
   mutable std::recursive_mutex mutex_;
-  std::vector<std::unique_ptr<Row>> rows_;
-  size_t next_decode_ = 0;  // where the next group of decoding rows begins
+  std::vector<std::unique_ptr<Row>> rows_;  // null: released
+  int64_t submitted_ = 0;
+  size_t next_decode_ = 0;    // where the next group of decoding rows begins
+  bool decode_next_ = false;  // a prompt's chunk was the last pass: who decodes is not kept waiting
   std::vector<float> logits_;
+  std::vector<float> final_norm_;
 };
 
 }  // namespace gemloupe

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from gemloupe import _core, edits, hooks, routing
+from gemloupe.adapters import deltas
+from gemloupe.adapters.deltas import Delta
+from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.config import TextConfig
 from gemloupe.errors import did_you_mean, format_bytes, one_of, quoted
 from gemloupe.positions import Positions, Span, resolve
@@ -44,6 +47,12 @@ class Wanted:
     point: hooks.HookPoint
     before: bool
     at: At
+    delta: Delta | None = None
+    """Instead of the point's value, what an adapter adds to a module by then."""
+
+    def shape(self, config: hooks.Config) -> tuple[int, ...]:
+        """Of one position's value."""
+        return (self.delta.width,) if self.delta else hooks.point_shape(self.point, config)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,9 @@ _TRACE = "trace/"  # Begins the keys of what a router trace is made from.
 
 
 def parse_capture(
-    capture: str | Iterable[str] | Mapping[str, Any], config: hooks.Config
+    capture: str | Iterable[str] | Mapping[str, Any],
+    config: hooks.Config,
+    adapters: Selection = NO_ADAPTERS,
 ) -> tuple[list[Wanted], list[str]]:
     """Returns the points that `capture` names, in model order, and those that layers lack.
 
@@ -86,10 +97,14 @@ def parse_capture(
     for pattern, how in items:
         if not isinstance(pattern, str):
             raise TypeError(f"capture has {quoted(pattern)}; expected names or patterns")
+        spec = how if isinstance(how, At) else At(how)
+        if pattern.startswith(deltas.PREFIX):
+            for key, delta in deltas.match(pattern, adapters).items():
+                found[key] = Wanted(key, points[delta.point], False, spec, delta)
+            continue
         plain, before = hooks.split_before(pattern)
         names, lacking = hooks.match(plain, config)
         skipped += lacking
-        spec = how if isinstance(how, At) else At(how)
         for name in names:
             key = hooks.before(name) if before else name
             found[key] = Wanted(key, points[name], before, spec)
@@ -147,12 +162,14 @@ class Options:
         object.__setattr__(self, "capture", names)
 
 
-def parse(options: Options, edit: Any, config: hooks.Config) -> Request:
-    """Returns the request for one row's `edit`.
+def parse(
+    options: Options, edit: Any, config: hooks.Config, adapters: Selection = NO_ADAPTERS
+) -> Request:
+    """Returns the request for one row's `edit`, which runs under `adapters`.
 
     ValueError and KeyError for what is not understood, naming it.
     """
-    wanted, lacking = parse_capture(options.capture or (), config)
+    wanted, lacking = parse_capture(options.capture or (), config, adapters)
     changes, lacking_edits = parse_edit(edit, config)
     skipped = tuple(sorted({*lacking, *lacking_edits}))
     level = routing.check_level(options.routing)
@@ -182,7 +199,7 @@ class BoundHooks:
         self.core.check_finite = request.check_finite
         self._numbers: list[int] = []
         for wanted in request.wanted:
-            shape = hooks.point_shape(wanted.point, config)
+            shape = wanted.shape(config)
             group = shape[-1] if wanted.at.reduce == "norm" and len(shape) > 1 else 0
             if wanted.at.reduce and _by_pass(wanted.point):
                 raise ValueError(
@@ -190,6 +207,14 @@ class BoundHooks:
                     "every pass; capture it whole, or its heads' outputs (attn.z)"
                 )
             filter_ = resolve(wanted.at.positions, span).core()
+            if wanted.delta:
+                self._numbers.append(
+                    self.core.add_delta_capture(
+                        wanted.delta.adapter, wanted.delta.module, wanted.delta.layer, filter_,
+                        wanted.at.reduce or "",
+                    )
+                )  # fmt: skip
+                continue
             self._numbers.append(
                 self.core.add_capture(
                     wanted.point.index, wanted.point.layer, filter_, wanted.before,
@@ -282,7 +307,7 @@ def _by_passes(
 
 
 def _shaped(values: np.ndarray, wanted: Wanted, config: hooks.Config) -> np.ndarray:
-    shape = hooks.point_shape(wanted.point, config)
+    shape = wanted.shape(config)
     reduce = wanted.at.reduce
     if reduce == "norm":
         return values.reshape((len(values), *shape[:-1]) if len(shape) > 1 else (-1,))
@@ -369,10 +394,22 @@ def check_memory(
         )
 
 
+def capture_bytes(request: Request, config: TextConfig, span: Span, new_tokens: int) -> int:
+    """Returns the bytes that the captures of a call take, those of its router trace included."""
+    rows = len(span.prompt) + max(0, new_tokens - 1)
+    total = 0
+    for wanted in request.wanted:
+        count = resolve(wanted.at.positions, span).count(rows, span.first)
+        total += _capture_bytes(
+            wanted, config, count, span.first + rows, len(span.prompt), new_tokens
+        )
+    return total
+
+
 def _capture_bytes(
     wanted: Wanted, config: hooks.Config, count: int, length: int, prompt: int, new: int
 ) -> int:
-    shape = hooks.point_shape(wanted.point, config)
+    shape = wanted.shape(config)
     if wanted.point.shape.startswith("[S"):
         # Of a prompt its last pass is kept, of generated tokens each.
         return 4 * length * abs(int(np.prod(shape))) * max(1, new)

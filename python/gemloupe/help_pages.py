@@ -18,6 +18,8 @@ PAGES = (
     "adapters",
     "errors",
     "chat",
+    "serve",
+    "security",
     "from_transformer_lens",
     "from_transformers",
     "from_nnsight",

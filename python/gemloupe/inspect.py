@@ -88,6 +88,9 @@ class Report:
             rows.append(("two-way attention", f"{whose} ({text.bidirectional!r})"))
         if self.stored:
             rows.append(("files", self.stored))
+        made = self.checkpoint.provenance if self.checkpoint else None
+        if made is not None and made.adapter:
+            rows.append(("adapter folded in", made.adapter))
         return f"{self.name}\n" + "\n".join(f"  {name:<19}{value}" for name, value in rows)
 
     def _layers(self) -> str:
@@ -155,8 +158,6 @@ class Report:
                 f"\n  packed as {made.dtype} from {made.source} ({made.source_dtype}) by gemloupe "
                 f"{made.gemloupe}"
             )
-            if made.adapter:
-                text += f"\n  with the adapter {made.adapter}"
         return text
 
     def _memory(self) -> str:

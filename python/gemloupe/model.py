@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
+from gemloupe import drafter as _drafter
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.adapters import Adapter
@@ -20,6 +21,7 @@ from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
+from gemloupe.drafter import Drafter
 from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
 from gemloupe.media import Content, Reader, SoftTokens
@@ -304,6 +306,7 @@ class Model:
         self.kv_dtype = kv_dtype
         self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
+        self._drafters: dict[str, Drafter] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -736,6 +739,28 @@ class Model:
         return AudioStream(self.audio_tower, sampling_rate)
 
     # What gemloupe.generation asks of a model.
+
+    def load_drafter(
+        self, source: str | os.PathLike[str], *, dtype: str = "auto", max_tokens: int = 4
+    ) -> Drafter:
+        """Loads an assistant checkpoint of this model, for `generate(..., drafter=)`.
+
+        `source`: a folder or hub id, such as "google/gemma-4-E2B-it-assistant". `dtype`: of its
+        matrices, "auto" as stored, "float32", "bfloat16", "int8" or "int4". `max_tokens`: the most
+        tokens that it guesses for one pass, 1 to 7; how many it does follows how many were right.
+        ValueError, naming the field, where it was made for another model.
+        """
+        return _drafter.load(self, source, dtype, max_tokens)
+
+    def drafter(self, drafter: Drafter | str | os.PathLike[str]) -> Drafter:
+        """What a call's `drafter` stands for; a path is loaded once."""
+        if isinstance(drafter, Drafter):
+            drafter.check_target(self)
+            return drafter
+        key = os.fspath(drafter)
+        if key not in self._drafters:
+            self._drafters[key] = self.load_drafter(key)
+        return self._drafters[key]
 
     def new_session(self) -> _core.Session:
         return _core.Session(self.core)

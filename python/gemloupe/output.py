@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe.answer import AnswerReader
+from gemloupe.drafter import DraftCounts
 from gemloupe.errors import quoted
 from gemloupe.prompt import Prompt
 from gemloupe.tools import ToolResult
@@ -57,6 +58,8 @@ class Output:
     cache: Any = None
     """The KV cache: prompt and new ids but the last, which the model has not read."""
     timings: Timings = field(default_factory=Timings)
+    drafts: DraftCounts | None = None
+    """What became of a drafter's guesses in the last round; None without one."""
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     rounds: tuple[Output, ...] = ()

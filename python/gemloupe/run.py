@@ -10,7 +10,7 @@ import numpy as np
 
 from gemloupe import _core, cache_edits, capturing, rerun
 from gemloupe import routing as _routing
-from gemloupe.adapters.selection import Selection
+from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
@@ -49,7 +49,7 @@ class Run:
     """What `model.run(this_run, edit=…)` begins from, with keep=True."""
     model: Model | None = field(default=None, repr=False)
     """The model that ran."""
-    adapters: Selection = field(default=Selection())
+    adapters: Selection = NO_ADAPTERS
     """The adapters that it ran under, with their weights; `adapters.label` names them."""
 
     @property
@@ -137,7 +137,7 @@ def run(
             raise ValueError("a repeated run encodes no image; run the prompt and image anew")
         if sound_capture or vision_hooks.split_edit(edit, audio_hooks.PREFIX)[1]:
             raise ValueError("a repeated run encodes no sound; run the prompt and sound anew")
-        request = capturing.parse(hooked, edit, model.config.text)
+        request = capturing.parse(hooked, edit, model.config.text, x.adapters)
         _check_logits(logits, request)
         repeated = _rerun(
             model,
@@ -161,11 +161,11 @@ def run(
         max_soft_tokens=max_soft_tokens,
     )
     requests, towers, sounds = [], [], []
-    for of_row in capturing.row_edits(edit, rows):
+    for of_row, adapters in zip(capturing.row_edits(edit, rows), selected, strict=True):
         of_text, of_tower = vision_hooks.split_edit(of_row)
         of_text, of_sound = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
         sounds.append(audio_hooks.AudioRequest(sound_capture, of_sound, check_finite))
-        requests.append(capturing.parse(hooked, of_text, model.config.text))
+        requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
         towers.append(vision_hooks.parse(model.vision, tower_capture, of_tower, check_finite))
     _check_logits(logits, requests[0])
     cap = softcap_value(softcap)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 VISION = ("vision_tower", "vision_embedder", "embed_vision")
 AUDIO = ("audio_tower", "embed_audio")
 # As safetensors and packed files call them.
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_DTYPES |= {name: name for name in _DTYPES.values()}
+ENGINE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ENGINE_DTYPES |= {name: name for name in ENGINE_DTYPES.values()}
 
 # Buffers, which transformers doesn't count as parameters.
 BUFFER_NAMES = ("_min", "_max", ".std_bias", ".std_scale", "layer_scalar")
@@ -40,14 +40,14 @@ def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
     files: dict[int, list[_core.TensorEntry]] = {}
     for name in (name for module in modules for name in checkpoint.towers.get(module, ())):
         stored = checkpoint.tensors[name]
-        if stored.info.dtype not in _DTYPES:
+        if stored.info.dtype not in ENGINE_DTYPES:
             raise ValueError(
                 f"{checkpoint.files[stored.file].name}: {quoted(name)} has the type "
                 f"{stored.info.dtype}; expected F32, BF16 or F16"
             )
         entry = _core.TensorEntry(
             name.removeprefix("model."),
-            _DTYPES[stored.info.dtype],
+            ENGINE_DTYPES[stored.info.dtype],
             list(stored.info.shape),
             stored.info.begin,
             stored.info.end,

@@ -205,8 +205,8 @@ class Adapters:
         with self._lock:
             wanted = getattr(name, "name", name)
             if not self._merged or (wanted is not None and wanted not in self._merged):
-                what = "no adapter" if wanted is None else f"adapter {quoted(wanted)}"
-                raise RuntimeError(f"{what} is merged; merge_adapter(name) merges one")
+                what = "no adapter is" if wanted is None else f"adapter {quoted(wanted)} is not"
+                raise RuntimeError(f"{what} merged; merge_adapter(name) merges one")
             kept = {n: one for n, one in self._merged.items() if wanted not in (None, n)}
             return self._merge(kept, requantize)
 

@@ -45,6 +45,8 @@ class Selection:
         return bool(self.adapters)
 
 
+NO_ADAPTERS = Selection()
+
 # (registry, what was chosen) of the models whose adapters were set or disabled in this context.
 _Chosen = tuple[tuple["weakref.ref[Adapters]", Mapping[str, float]], ...]
 _chosen: contextvars.ContextVar[_Chosen] = contextvars.ContextVar(
