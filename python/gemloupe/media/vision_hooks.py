@@ -80,10 +80,12 @@ def split_capture(capture: Any, prefix: str = PREFIX) -> tuple[Any, dict[str, An
     if isinstance(capture, Mapping):
         seen = {name: how for name, how in capture.items() if _begins(name, prefix)}
         return {name: how for name, how in capture.items() if name not in seen}, seen
-    names = list(capture or ())
-    return [n for n in names if not _begins(n, prefix)], {
-        n: None for n in names if _begins(n, prefix)
-    }
+    try:
+        names = list(capture or ())
+    except TypeError:  # What it is instead is told where the text model's points are read.
+        return capture, {}
+    of_tower = {name: None for name in names if _begins(name, prefix)}
+    return [name for name in names if not _begins(name, prefix)], of_tower
 
 
 def split_edit(edit: Any, prefix: str = PREFIX) -> tuple[Any, list[tuple[str, Any]]]:
