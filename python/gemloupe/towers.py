@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 # The modules whose tensors make a part.
 VISION = ("vision_tower", "vision_embedder", "embed_vision")
 AUDIO = ("audio_tower", "embed_audio")
+# As safetensors and packed files call them.
 ENGINE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ENGINE_DTYPES |= {name: name for name in ENGINE_DTYPES.values()}
 
 # Buffers, which transformers doesn't count as parameters.
 BUFFER_NAMES = ("_min", "_max", ".std_bias", ".std_scale", "layer_scalar")
