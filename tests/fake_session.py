@@ -111,6 +111,7 @@ class FakeSession:
             token=token,
             prefilled=self.prefilled[row],
             finish_reason=reason,
+            error="",
             logprobs=entry(request.logprobs) if request.logprobs >= 0 else None,
             prompt_logprobs=[entry(request.prompt_logprobs)] * (len(request.ids) - 1)
             if prompt

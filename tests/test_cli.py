@@ -82,7 +82,6 @@ def test_help_lists_only_commands_that_work(capsys: pytest.CaptureFixture[str]) 
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"\n    {command}" in text for command in cli.COMMANDS)
-    assert "serve" not in text
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,8 @@ def test_a_call_cut_off_is_kept_as_text() -> None:
     for cut in ('<|tool_call>call:f{a:<|"|>x', "<|tool_call>call:f{a:1", "<|tool_call>"):
         parser = parse_answer("so " + cut)
         assert parser.text == "so " + cut and len(parser.tool_errors) == 1
+        ended = parse_answer("so " + cut + "<turn|>")
+        assert ended.text == parser.text and ended.tool_errors == parser.tool_errors
 
 
 def test_a_call_ends_a_thought_and_needs_no_closing_mark_before_its_result() -> None:

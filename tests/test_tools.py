@@ -384,6 +384,40 @@ def test_a_template_that_takes_results_beside_the_calls_is_served(folder: Path) 
     assert refusing.session is None and not seen
 
 
+def test_captures_edits_and_routing_are_each_rounds_own() -> None:
+    moe = gl.load("demo:moe", "float32")
+    seen = []
+
+    def calculator(expression: str) -> int:
+        """Calculate.
+
+        Args:
+            expression: For example 2+3.
+        """
+        return 1665
+
+    messages = [{"role": "user", "content": "What is 37 * 45?"}]
+    point = "layers.1.resid_post"
+    out = moe.generate(
+        messages,
+        tools=[calculator],
+        temperature=0,
+        capture=[point, "layers.0.attn.out"],
+        edit={"layers.0.resid_post": lambda x, at: seen.extend(at.positions.tolist())},
+        cache=moe.new_cache(),
+    )
+    assert len(out.rounds) == 1
+    for output in (out.rounds[0], out):
+        count = len(output.prompt) + len(output.ids) - 1
+        assert output.captured[point].shape[0] == count
+        assert output.routing.experts.shape[1] == count
+    assert sorted(seen) == list(range(out.cache.length))
+    # The same values as in one pass over everything.
+    run = moe.run(out.cache.tokens.tolist(), capture=point)
+    joined = np.concatenate([out.rounds[0].captured[point], out.captured[point]])
+    np.testing.assert_allclose(joined, run[point], atol=1e-3)
+
+
 def test_results_for_which_the_cache_has_no_room_end_with_length() -> None:
     edge = gl.load("demo:edge", "float32")
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <functional>
@@ -24,8 +25,10 @@
 namespace gemloupe {
 namespace {
 
-// About 0.1 ms where a pause takes 140 cycles: longer than the gap between two ops of a layer.
-constexpr int kSpinPauses = 2000;
+// Longer than the gap between two ops of a layer. By the clock: a pause takes 40 cycles of some CPUs
+// and 140 of others.
+constexpr std::chrono::microseconds kSpinTime(100);
+constexpr int kPausesPerLook = 16;
 
 void Pause() {
 #if defined(__x86_64__)
@@ -33,6 +36,20 @@ void Pause() {
 #elif defined(__aarch64__)
   __asm__ volatile("yield");
 #endif
+}
+
+// Waits for `done` without sleeping, while `spin` says so; returns whether it came true.
+template <typename Done>
+bool SpinUntil(const std::atomic<bool>& spin, const Done& done) {
+  const auto end = std::chrono::steady_clock::now() + kSpinTime;
+  while (spin.load(std::memory_order_relaxed)) {
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      if (done()) return true;
+      Pause();
+    }
+    if (std::chrono::steady_clock::now() >= end) break;
+  }
+  return done();
 }
 
 // Grows by one in every child of fork(), where the pool's threads are gone.
@@ -178,11 +195,8 @@ void ThreadPool::State::WorkerMain(int index, Sleeper& sleeper) {
     return (word & kOpen) != 0 && index < Admitted(word) && JobNumber(word) != done;
   };
   for (;;) {
-    for (int i = 0; i < kSpinPauses && spin.load(std::memory_order_relaxed); ++i) {
-      if (invited(gate.load())) break;
-      Pause();
-    }
-    if (!invited(gate.load())) sleeper.SleepUntil([&] { return invited(gate.load()); });
+    const auto called = [&] { return invited(gate.load()); };
+    if (!SpinUntil(spin, called)) sleeper.SleepUntil(called);
     uint64_t word = gate.load();
     if (!invited(word) || !gate.compare_exchange_strong(word, word + 1)) continue;
     done = JobNumber(word);
@@ -214,11 +228,7 @@ void ThreadPool::State::Run(int64_t chunk_count, int helpers,
   // Whoever has not entered by now (asleep, or its core is busy) is not waited for.
   gate.fetch_and(~kOpen);
   const auto empty = [this] { return Inside(gate.load()) == 0; };
-  for (int i = 0; i < kSpinPauses && spin.load(std::memory_order_relaxed); ++i) {
-    if (empty()) return;
-    Pause();
-  }
-  if (!empty()) driver.SleepUntil(empty);
+  if (!SpinUntil(spin, empty)) driver.SleepUntil(empty);
 }
 
 ThreadPool& ThreadPool::Get() {

@@ -70,7 +70,9 @@ void BindSession(py::module_& module) {
       .def_readonly("row", &StepResult::row)
       .def_readonly("token", &StepResult::token, "-1: a chunk of the prompt was read.")
       .def_readonly("prefilled", &StepResult::prefilled)
-      .def_readonly("finish_reason", &StepResult::finish_reason, "\"\", \"stop\" or \"length\".")
+      .def_readonly("finish_reason", &StepResult::finish_reason,
+                    "\"\", \"stop\", \"length\" or \"error\".")
+      .def_readonly("error", &StepResult::error, "Why the row can't go on; \"\" where it can.")
       .def_readonly("logprobs", &StepResult::logprobs)
       .def_readonly("prompt_logprobs", &StepResult::prompt_logprobs);
 
@@ -111,6 +113,12 @@ void BindSession(py::module_& module) {
             ThrowIfError(WithoutGil([&] { return session.Rollback(row); }));
           },
           py::arg("row"), "Ends a row and gives its cache the content it was submitted with.")
+      .def(
+          "release",
+          [](Session& session, int row) {
+            ThrowIfError(WithoutGil([&] { return session.Release(row); }));
+          },
+          py::arg("row"), "Ends a row and frees what it holds; a later row may get its number.")
       .def(
           "cache",
           [](const Session& session, int row) {

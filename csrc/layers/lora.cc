@@ -34,8 +34,10 @@ constexpr std::array<const char*, kNumAdaptedModules> kNames = {
     "lm_head",
 };
 
-// Outputs of one task of the second fork.
+// Outputs of one task of the second fork: its change of many rows stays in the second-level cache, its
+// part of B is worth a task where rows are few.
 constexpr int64_t kSliceOutputs = 256;
+constexpr int64_t kSliceBytes = 32 * 1024;
 
 // Rows of the pass that share their adapters.
 struct RowGroup {
@@ -85,6 +87,7 @@ struct GroupJob {
   const RowGroup* group = nullptr;
   std::vector<std::pair<Side*, float>> sides;  // with their weights, in the order of the mix
   int64_t first_slice = 0;
+  int64_t slice_outputs = kSliceOutputs;
 };
 
 // How much of the product itself stays: 1 + Σ weight · (gain − 1), less what is replaced.
@@ -356,10 +359,11 @@ Status AdaptedLinear(ConstMatrix x, std::span<const AdaptedJob> jobs, const Matm
   std::vector<GroupJob> work;
   int64_t slices = 0;
   int64_t most_rows = 0;
+  int64_t most_outputs = 0;
   int64_t bytes = 0;
   for (size_t i = 0; i < jobs.size(); ++i) {
     for (const RowGroup& group : groups) {
-      GroupJob part = {&jobs[i], &group, {}, slices};
+      GroupJob part = {&jobs[i], &group, {}, slices, kSliceOutputs};
       for (const WeightedAdapter& one : *group.mix) {
         for (Side& side : sides[i]) {
           if (side.adapter == one.adapter.get()) part.sides.push_back({&side, one.weight});
@@ -373,25 +377,30 @@ Status AdaptedLinear(ConstMatrix x, std::span<const AdaptedJob> jobs, const Matm
         }
         side->low->Prepare(
             ChooseEngine(static_cast<int64_t>(group.rows.size()), side->delta->b.dtype, path));
-        bytes += static_cast<int64_t>(
-            MatrixBytes(side->delta->b.dtype, jobs[i].dst.cols, side->delta->b.shape[1]));
+        const auto row_bytes =
+            static_cast<int64_t>(MatrixBytes(side->delta->b.dtype, 1, side->delta->b.shape[1]));
+        bytes += row_bytes * jobs[i].dst.cols;
+        if (group.rows.size() <= kMaxKernelRows) {
+          part.slice_outputs = std::max(kSliceOutputs, kSliceBytes / row_bytes);
+        }
       }
-      slices += (jobs[i].dst.cols + kSliceOutputs - 1) / kSliceOutputs;
+      slices += (jobs[i].dst.cols + part.slice_outputs - 1) / part.slice_outputs;
+      most_outputs = std::max(most_outputs, part.slice_outputs);
       most_rows = std::max(most_rows, static_cast<int64_t>(group.rows.size()));
       work.push_back(std::move(part));
     }
   }
   const Matrix scratch =
-      ctx.arena->NewMatrix(ThreadPool::Get().threads() * most_rows, kSliceOutputs);
+      ctx.arena->NewMatrix(ThreadPool::Get().threads() * most_rows, most_outputs);
   FirstError error;
   const auto run_slice = [&](int64_t slice, int worker) {
     size_t at = work.size() - 1;
     while (work[at].first_slice > slice) --at;
     const GroupJob& part = work[at];
-    const int64_t begin = (slice - part.first_slice) * kSliceOutputs;
-    const int64_t end = std::min(part.job->dst.cols, begin + kSliceOutputs);
+    const int64_t begin = (slice - part.first_slice) * part.slice_outputs;
+    const int64_t end = std::min(part.job->dst.cols, begin + part.slice_outputs);
     const Matrix change(scratch.row(worker * most_rows),
-                        static_cast<int64_t>(part.group->rows.size()), end - begin, kSliceOutputs);
+                        static_cast<int64_t>(part.group->rows.size()), end - begin, most_outputs);
     error.Add(AddSlice(part, begin, end, path, change));
   };
   if (bytes < kInlineBytes && x.rows <= kMaxKernelRows) {

@@ -112,19 +112,29 @@ StatusOr<int> Session::Submit(RowRequest request) {
   row->before = row->request.cache->Fork();
   row->sampler.Observe(row->request.cache->tokens());
   row->sampler.Observe(row->request.ids);
-  rows_.push_back(std::move(row));
-  return static_cast<int>(rows_.size()) - 1;
+  row->order = submitted_++;
+  const auto free = std::find(rows_.begin(), rows_.end(), nullptr);
+  const auto number = static_cast<int>(free - rows_.begin());
+  if (free == rows_.end()) {
+    rows_.push_back(std::move(row));
+  } else {
+    *free = std::move(row);
+  }
+  return number;
 }
 
 StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& stopped) {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
   std::vector<int> decoding;
   int prefilling = -1;
+  int64_t first = submitted_;
   for (int i = 0; i < static_cast<int>(rows_.size()); ++i) {
+    if (rows_[static_cast<size_t>(i)] == nullptr) continue;
     const Row& row = *rows_[static_cast<size_t>(i)];
     if (row.done) continue;
     if (row.prefilled < static_cast<int64_t>(row.request.ids.size())) {
-      if (prefilling < 0) prefilling = i;
+      if (row.order < first) prefilling = i;
+      first = std::min(first, row.order);
     } else {
       decoding.push_back(i);
     }
@@ -294,6 +304,14 @@ StatusOr<StepResult> Session::Choose(int index, float* logits,
   if (row.request.mask != nullptr) {
     StatusOr<const uint32_t*> answer = row.request.mask->Take(stopped);
     row.done = row.done || !answer.ok();
+    if (absl::IsInvalidArgument(answer.status())) {
+      StepResult failed;
+      failed.row = index;
+      failed.prefilled = row.prefilled;
+      failed.finish_reason = "error";
+      failed.error = std::string(answer.status().message());
+      return failed;
+    }
     GL_ASSIGN_OR_RETURN(allowed, std::move(answer));
   }
   const int64_t vocab = model_->config().vocab_size;
@@ -321,7 +339,9 @@ StatusOr<StepResult> Session::Choose(int index, float* logits,
 }
 
 Status Session::CheckRow(int row) const {
-  if (row >= 0 && row < static_cast<int>(rows_.size())) return absl::OkStatus();
+  const bool inside = row >= 0 && row < static_cast<int>(rows_.size());
+  if (inside && rows_[static_cast<size_t>(row)] != nullptr) return absl::OkStatus();
+  if (inside) return absl::OutOfRangeError(absl::StrCat("row ", row, " was released"));
   return absl::OutOfRangeError(
       absl::StrCat("row ", row, " is unknown; this session has rows 0 to ", rows_.size(), " − 1"));
 }
@@ -347,10 +367,17 @@ Status Session::Rollback(int row) {
   return absl::OkStatus();
 }
 
+Status Session::Release(int row) {
+  const std::lock_guard<std::recursive_mutex> lock(mutex_);
+  GL_RETURN_IF_ERROR(CheckRow(row));
+  rows_[static_cast<size_t>(row)].reset();
+  return absl::OkStatus();
+}
+
 int Session::active() const {
   const std::lock_guard<std::recursive_mutex> lock(mutex_);
-  return static_cast<int>(
-      std::count_if(rows_.begin(), rows_.end(), [](const auto& row) { return !row->done; }));
+  return static_cast<int>(std::count_if(
+      rows_.begin(), rows_.end(), [](const auto& row) { return row != nullptr && !row->done; }));
 }
 
 StatusOr<DraftCounts> Session::Drafts(int row) const {

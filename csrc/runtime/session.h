@@ -52,7 +52,8 @@ struct StepResult {
   int row = 0;
   int32_t token = -1;         // −1: a chunk of the prompt was read, no token yet
   int64_t prefilled = 0;      // tokens of the prompt read so far
-  std::string finish_reason;  // "", "stop" or "length"
+  std::string finish_reason;  // "", "stop", "length" or "error"
+  std::string error;          // why no token of this row can be chosen; the others go on
   std::optional<TokenLogprobs> logprobs;
   // With the first token: one entry a prompt token after the first.
   std::vector<TokenLogprobs> prompt_logprobs;
@@ -69,12 +70,14 @@ class Session {
   // InvalidArgument for a bad option.
   StatusOr<int> Submit(RowRequest request);
   // Runs one pass. `stopped` as in PassRequest. On any error but bad use the rows can go on or be
-  // cancelled; no cache is left half written. An error of a token mask ends the rows of its pass.
+  // cancelled; no cache is left half written. An error of a token mask ends its own row (`error`).
   StatusOr<std::vector<StepResult>> Step(const std::function<bool()>& stopped);
   // Ends a row; its cache keeps what was computed. OutOfRange for an unknown row.
   Status Cancel(int row);
   // Ends a row and gives its cache the content that it had when the row was submitted.
   Status Rollback(int row);
+  // Ends a row and frees what it holds; its number may be given to a later row.
+  Status Release(int row);
   // Rows that are not finished.
   int active() const;
   StatusOr<DraftCounts> Drafts(int row) const;
@@ -88,6 +91,7 @@ class Session {
     RowRequest request;
     Sampler sampler;
     std::shared_ptr<KvCache> before;  // a fork of the cache as it was submitted
+    int64_t order = 0;                // prompts are read in this order
     int64_t prefilled = 0;
     int64_t generated = 0;
     int32_t last_token = -1;  // chosen, not yet in the cache
@@ -110,7 +114,8 @@ class Session {
   int64_t chunk_;
   // One thread at a time; an edit function may end rows of the step that calls it.
   mutable std::recursive_mutex mutex_;
-  std::vector<std::unique_ptr<Row>> rows_;
+  std::vector<std::unique_ptr<Row>> rows_;  // null: released
+  int64_t submitted_ = 0;
   size_t next_decode_ = 0;    // where the next group of decoding rows begins
   bool decode_next_ = false;  // a prompt's chunk was the last pass: who decodes is not kept waiting
   std::vector<float> logits_;

@@ -24,6 +24,7 @@ RESULT_OPEN = "<|tool_response>"
 TURN_CLOSE = "<turn|>"
 _TURN_OPEN = "<|turn>"
 MARKS = (THOUGHT_OPEN, THOUGHT_CLOSE, CALL_OPEN, CALL_CLOSE, RESULT_OPEN, TURN_CLOSE, STRING)
+_ENDS = ((True, RESULT_OPEN), (True, TURN_CLOSE))
 _MARK = re.compile("(" + "|".join(map(re.escape, MARKS)) + ")")
 
 
@@ -154,6 +155,8 @@ class AnswerParser:
             # The string swallowed the rest: only what stands before the first close is broken.
             self._lenient = True
             return self._read_again(call.events)
+        if at_end and call.events and call.events[-1] in _ENDS:
+            call.events.pop()  # What ended the row is no part of a string that has no end.
         try:
             name, values = parse_call(call.parts())
         except ValueError as error:

@@ -394,6 +394,18 @@ def check_memory(
         )
 
 
+def capture_bytes(request: Request, config: TextConfig, span: Span, new_tokens: int) -> int:
+    """Returns the bytes that the captures of a call take, those of its router trace included."""
+    rows = len(span.prompt) + max(0, new_tokens - 1)
+    total = 0
+    for wanted in request.wanted:
+        count = resolve(wanted.at.positions, span).count(rows, span.first)
+        total += _capture_bytes(
+            wanted, config, count, span.first + rows, len(span.prompt), new_tokens
+        )
+    return total
+
+
 def _capture_bytes(
     wanted: Wanted, config: hooks.Config, count: int, length: int, prompt: int, new: int
 ) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `gemloupe generate`, `chat`, `inspect`, `convert`, `compare`, `bench`, …"""
+"""The command line: `gemloupe generate`, `chat`, `serve`, `inspect`, `convert`, `compare`, …"""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from gemloupe.output import Output
     from gemloupe.stream import Stream
 
-COMMANDS = ("generate", "chat", "transcribe", "inspect", "convert", "compare", "bench", "doctor")
+COMMANDS = (
+    "generate",
+    "chat",
+    "transcribe",
+    "serve",
+    "inspect",
+    "convert",
+    "compare",
+    "bench",
+    "doctor",
+)
 _DEFAULT_MODEL = "demo:edge"
 _EXIT_ERROR = 2
 _EXIT_INTERRUPTED = 130
@@ -36,7 +46,8 @@ gemloupe runs the Gemma 4 family on CPUs and lets you see inside. Five things to
 
 gemloupe COMMAND --help shows the options of a command, with examples. Instead of demo:edge,
 a model may be a folder with a transformers checkpoint, a GGUF file, or a hub id such as
-google/gemma-4-E2B-it; "gemloupe convert" makes it four times smaller and quicker to load,
+google/gemma-4-E2B-it; "gemloupe serve" answers OpenAI's and Ollama's clients with it,
+"gemloupe convert" makes it four times smaller and quicker to load,
 "gemloupe bench" measures how fast it is here, and "gemloupe compare" finds where it parts from
 a reference."""
 
@@ -108,6 +119,17 @@ _DOCTOR_EXAMPLES = """\
 examples:
   gemloupe doctor
   GEMLOUPE_ISA=avx2 gemloupe doctor"""
+
+_SERVE_EXAMPLES = """\
+examples:
+  gemloupe serve demo:edge
+  gemloupe serve google/gemma-4-E2B-it --dtype int4 --alias gemma4=google/gemma-4-E2B-it
+  gemloupe serve ./e2b-int4 --host 0.0.0.0 --api-key "$KEY" --max-queue 32
+  curl http://127.0.0.1:11434/v1/chat/completions -d \\
+    '{"messages": [{"role": "user", "content": "What is 27 + 45?"}]}'
+
+OpenAI's and Ollama's clients work: base_url="http://localhost:11434/v1". gl.help("serve") says what
+the routes take, gl.help("security") what a stranger can send. Ctrl-C lets running requests end."""
 
 _CHAT_HELP = """\
 /reset          forget the conversation
@@ -190,6 +212,7 @@ def _parser() -> _Parser:
     _add_generate(commands)
     _add_chat(commands)
     _add_transcribe(commands)
+    _add_serve(commands)
     inspect = _add_command(
         commands, "inspect", _run_inspect, "show what a model is made of", _INSPECT_EXAMPLES
     )
@@ -265,6 +288,121 @@ def _add_chat(commands: Any) -> None:
     parser = _add_command(commands, "chat", _run_chat, "talk with a model", _CHAT_EXAMPLES)
     _add_model_options(parser)
     _add_sampling_options(parser)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _add_command(
+        commands, "serve", _run_serve, "answer OpenAI's and Ollama's clients", _SERVE_EXAMPLES
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", default=_DEFAULT_MODEL,
+        help=f"a folder, a GGUF file, a hub id, or demo:edge (default: {_DEFAULT_MODEL})",
+    )  # fmt: skip
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
+    )
+    group.add_argument("--threads", type=int, help="default: every CPU this process may use")
+    _add_adapter_option(group, "load a LoRA adapter of PEFT, which requests may name")
+    group.add_argument("--name", metavar="NAME", help="what clients call the model")
+    group.add_argument(
+        "--drafter", metavar="CHECKPOINT", help="an assistant of MODEL, which guesses its tokens"
+    )
+    group.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="TAG=CHECKPOINT",
+        help="another name, of MODEL or of a further one; may be given several times",
+    )
+    group = parser.add_argument_group("access")
+    group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    group.add_argument("--port", type=int, default=11434, metavar="N", help="default: 11434")
+    group.add_argument("--api-key", metavar="KEY", help="also from GEMLOUPE_API_KEY")
+    group.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name of this server"
+    )
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a page that may call from browsers, such as https://example.org",
+    )
+    group.add_argument(
+        "--adapter-dir", metavar="FOLDER", help="where clients may load adapters from"
+    )
+    group = parser.add_argument_group("limits")
+    for flag, default, text in (
+        ("--max-rows", 8, "answers that are generated at once"),
+        ("--max-queue", 64, "answers that wait; more are refused with 429"),
+        ("--max-body", 16 << 20, "bytes of a request"),
+        ("--max-schema", 64 << 10, "bytes of a JSON schema"),
+        ("--max-new-tokens", 4096, "tokens of an answer"),
+        ("--max-prompt", None, "tokens of a prompt (default: what the model reads)"),
+        ("--kv-memory", None, "bytes for keys and values (default: half of what is free)"),
+        ("--drain", 30, "seconds that answers have to end after Ctrl-C"),
+    ):
+        shown = text if default is None else f"{text} (default: {default})"
+        group.add_argument(flag, type=_positive, default=default, metavar="N", help=shown)
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def _run_serve(arguments: argparse.Namespace) -> None:
+    from gemloupe.serving.command import Options, is_loopback, serve
+    from gemloupe.serving.limits import Access, Limits
+
+    aliases = {}
+    for alias in arguments.alias:
+        tag, equals, checkpoint = alias.partition("=")
+        if not equals or not tag or not checkpoint:
+            raise ValueError(
+                f"--alias is {alias!r}; expected TAG=CHECKPOINT, such as gemma4=./e2b-int4"
+            )
+        aliases[tag] = checkpoint
+    limits = Limits(
+        max_rows=arguments.max_rows,
+        max_queue=arguments.max_queue,
+        max_body=arguments.max_body,
+        max_schema=arguments.max_schema,
+        max_prompt=arguments.max_prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        kv_bytes=arguments.kv_memory,
+    )
+    # A page whose name was pointed at this machine is not to read what only this machine may.
+    hosts = tuple(arguments.allow_host)
+    if is_loopback(arguments.host):
+        hosts = (arguments.host, *hosts)
+    access = Access(
+        api_key=arguments.api_key or os.environ.get("GEMLOUPE_API_KEY") or None,
+        hosts=hosts,
+        origins=tuple(arguments.allow_origin),
+        adapter_folder=Path(arguments.adapter_dir) if arguments.adapter_dir else None,
+    )
+    serve(
+        arguments.model,
+        Options(
+            host=arguments.host,
+            port=arguments.port,
+            name=arguments.name,
+            aliases=aliases,
+            load={"dtype": arguments.dtype, "threads": arguments.threads},
+            adapters=_adapters(arguments) or {},
+            drafter=arguments.drafter,
+            limits=limits,
+            access=access,
+            drain=arguments.drain,
+        ),
+    )
 
 
 def _add_transcribe(commands: Any) -> None:

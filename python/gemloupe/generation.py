@@ -6,6 +6,7 @@ the tokens, looks for stop strings and ends rows.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.drafter import DraftCounts, Drafter
-from gemloupe.guide import AnswerForm, RowGuide, ThoughtBudget, answer_ends
+from gemloupe.guide import AnswerForm, RequiredCall, RowGuide, ThoughtBudget, answer_ends
 from gemloupe.media import Reader, engine_input, media_parts
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
@@ -30,7 +31,14 @@ from gemloupe.stream import Piece, Stream
 from gemloupe.structured import compiler, parse_response_format
 from gemloupe.tokenizer import Tokenizer
 from gemloupe.tool_rounds import check_template, next_prompt
-from gemloupe.tools import Tool, ToolResult, can_run, parse_tools, run_tools
+from gemloupe.tools import (
+    Tool,
+    ToolChoice,
+    can_run,
+    parse_tools,
+    read_tool_choice,
+    run_tools,
+)
 
 if TYPE_CHECKING:
     from gemloupe.adapters.registry import Adapters
@@ -40,9 +48,22 @@ if TYPE_CHECKING:
 _BAR_TOKENS = 2048
 # What separates the seeds of a row's rounds: 2^64 divided by the golden ratio.
 _ROUND_SEED = 0x9E3779B97F4A7C15
+# Arguments that `sampling.resolve_rows` reads.
+_ROW_ARGUMENTS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "logprobs",
+    "prompt_logprobs",
+    "max_thinking_tokens",
+)
 
 
-# Arguments of the contract that later versions understand, with the value that means nothing.
 class GenerationModel(Protocol):
     """What this module needs of a model."""
 
@@ -99,6 +120,7 @@ def generate(
     thinking: bool = False,
     max_thinking_tokens: int | Sequence[int | None] | None = None,
     tools: Sequence[Any] | None = None,
+    tool_choice: Any = "auto",
     max_tool_rounds: int = 4,
     response_format: Any = None,
     images: Any = None,
@@ -119,6 +141,8 @@ def generate(
     what they return or raise: `out` is then the last round, `out.rounds` has those before, and
     `out.messages` all of them for a history. Every round may have `max_new_tokens` tokens;
     captures and edits act in each, at positions that count from `x`.
+    `tool_choice`: "auto", "none", "required" (the first round calls one) or {"type": "function",
+    "function": {"name": …}} (it calls this one).
     `response_format` makes the answer, not thoughts and calls, follow a JSON schema, "json",
     {"regex": text}, {"grammar": Lark}, or {"choices": [text, …]} (needs gemloupe[structured]; see
     gl.help("chat")).
@@ -142,64 +166,70 @@ def generate(
     `out.drafts` counts them. Rows with edits, captures of patterns, scores, keys, values or means,
     stop strings, grammars or thinking budgets, and batches of more than four rows, go without.
     """
+    arguments = {**locals()}
+    rows = make_rows(arguments.pop("model"), arguments.pop("x"), arguments)
+    generation = Generation(model, rows, stream)
+    result = Stream(generation, is_batch(x))
+    return result if stream else result.result
+
+
+def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> list[Row]:
+    """The rows of a call with `generate`'s arguments (those left out have its defaults).
+
+    Nothing is computed or held by the engine yet; a `Generation` takes them.
+    """
+    given = {**_DEFAULTS, **arguments}
     started = time.perf_counter()
     batch = is_batch(x)
-    caches = row_caches(cache, len(x) if batch else None)
-    continued = any(given is not None and given.length > 0 for given in caches)
+    caches = row_caches(given["cache"], len(x) if batch else None)
+    continued = any(cache is not None and cache.length > 0 for cache in caches)
     prepared = prepare(
         x,
         model.tokenizer,
         model.config,
-        thinking=thinking,
-        tools=tools,
-        bos=False if continued and bos == "auto" else bos,
-        images=images,
-        audio=audio,
-        videos=videos,
-        max_soft_tokens=max_soft_tokens,
+        thinking=given["thinking"],
+        tools=None if given["tool_choice"] == "none" else given["tools"],
+        bos=False if continued and given["bos"] == "auto" else given["bos"],
+        images=given["images"],
+        audio=given["audio"],
+        videos=given["videos"],
+        max_soft_tokens=given["max_soft_tokens"],
         reader=model.media_reader,
     )
     prompts = prepared if isinstance(prepared, list) else [prepared]
-    arguments = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop,
-        "logprobs": logprobs,
-        "prompt_logprobs": prompt_logprobs,
-        "max_thinking_tokens": max_thinking_tokens,
-    }
     options = resolve_rows(
-        arguments,
+        {name: given[name] for name in _ROW_ARGUMENTS},
         len(prompts) if batch else None,
         model.generation_config,
         model.config.eos_token_ids,
         model.config.text.vocab_size,
     )
-    hooked = capturing.Options(capture, routing, check_finite)
-    selected = model.adapters.rows(adapter, len(prompts) if batch else None)
-    row_edits = capturing.row_edits(edit, len(prompts) if batch else None)
+    hooked = capturing.Options(given["capture"], given["routing"], given["check_finite"])
+    selected = model.adapters.rows(given["adapter"], len(prompts) if batch else None)
+    row_edits = capturing.row_edits(given["edit"], len(prompts) if batch else None)
     requests = [
         capturing.parse(hooked, of_row, model.config.text, adapters)
         for of_row, adapters in zip(row_edits, selected, strict=True)
     ]
-    given_tools = parse_tools(tools)
-    row_tools = [_row_tools(prompt, given_tools, max_tool_rounds) for prompt in prompts]
-    guides = _guides(model, prompts, options, response_format, batch)
+    tools = parse_tools(None if given["tool_choice"] == "none" else given["tools"])
+    rounds = given["max_tool_rounds"]
+    row_tools = [_row_tools(prompt, tools, rounds) for prompt in prompts]
+    softcap = softcap_value(given["softcap"])
+    choice = read_tool_choice(given["tool_choice"], tools)
+    drafter = None if given["drafter"] is None else model.drafter(given["drafter"])
+    guides = _guides(model, prompts, options, given["response_format"], batch, choice)
     rows = [
-        _Row(prompt, of_row, given, started, request, adapters, guide, can_call, max_tool_rounds)
-        for prompt, of_row, given, request, adapters, guide, can_call in zip(
+        Row(prompt, of_row, cache, started, request, adapters, guide, can_call, rounds, softcap)
+        for prompt, of_row, cache, request, adapters, guide, can_call in zip(
             prompts, options, caches, requests, selected, guides, row_tools, strict=True
         )
     ]
-    used = None if drafter is None else model.drafter(drafter)
-    generation = Generation(model, rows, softcap_value(softcap), stream, used)
-    result = Stream(generation, batch)
-    return result if stream else result.result
+    for row in rows:
+        row.drafter = drafter
+    return rows
+
+
+_DEFAULTS = {name: each.default for name, each in inspect.signature(generate).parameters.items()}
 
 
 def chat(
@@ -236,6 +266,7 @@ def _guides(
     options: Sequence[RowOptions],
     response_format: Any,
     batch: bool,
+    tool_choice: ToolChoice = None,
 ) -> list[RowGuide | None]:
     """What each row's next tokens must obey; None where that is nothing."""
     formats = [response_format] * len(prompts)
@@ -248,7 +279,7 @@ def _guides(
         formats = list(response_format)
     grammars = [parse_response_format(each) for each in formats]
     limited = [of_row.max_thinking_tokens is not None for of_row in options]
-    if not any(limited) and not any(grammars):
+    if not any(limited) and not any(grammars) and tool_choice is None:
         return [None] * len(prompts)
     vocab_size = model.config.text.vocab_size
     # A thread for every row would only queue for the same cores.
@@ -256,7 +287,8 @@ def _guides(
     matchers: dict[Any, Any] = {}
     guides: list[RowGuide | None] = []
     for prompt, of_row, grammar in zip(prompts, options, grammars, strict=True):
-        form = budget = None
+        form = None
+        forcing: list[ThoughtBudget | RequiredCall] = []
         tokenizer = prompt.tokenizer
         if grammar is not None:
             ends = answer_ends(tokenizer, of_row.end_ids)
@@ -271,16 +303,18 @@ def _guides(
                 tools=bool(prompt.tools),
             )
         if of_row.max_thinking_tokens is not None:
-            budget = ThoughtBudget(tokenizer, of_row.max_thinking_tokens)
-        if form is None and budget is None:
+            forcing.append(ThoughtBudget(tokenizer, of_row.max_thinking_tokens))
+        if tool_choice is not None:
+            forcing.append(RequiredCall(tokenizer, tool_choice.name, prompt.thinking))
+        if form is None and not forcing:
             guides.append(None)
             continue
         mask = model.new_mask(vocab_size)
-        guides.append(RowGuide(mask, budget, form, of_row.sampling.suppress, workers))
+        guides.append(RowGuide(mask, forcing, form, of_row.sampling.suppress, workers))
     return guides
 
 
-class _Row:
+class Row:
     """One row while it is generated."""
 
     def __init__(
@@ -294,8 +328,13 @@ class _Row:
         guide: RowGuide | None,
         tools: list[Tool],
         max_rounds: int,
+        softcap: float | None,
     ) -> None:
         self.guide = guide
+        self.softcap = softcap
+        self.drafter: Drafter | None = None
+        self.number = -1
+        """The session's number of the row, of its present round."""
         self.tools = tools
         self.max_rounds = max_rounds
         # Whether calls of this round are to be run: the row is between two rows of the session.
@@ -365,12 +404,8 @@ class _Row:
         ended = self.finish_reason == "stop" and self.ids[-1] in self.options.end_ids
         return ended and bool(self.calls)
 
-    def next_round(self, results: list[ToolResult], prompt: Prompt, cached: np.ndarray) -> None:
-        """Begins the round that reads `prompt`, the results of this one's calls."""
-        self.finish_reason = "tool_calls"
-        ended = self.output(None)
-        ended.tool_results = tuple(results)
-        ended.rounds = ()
+    def next_round(self, ended: Output, prompt: Prompt, cached: np.ndarray) -> None:
+        """Begins the round that reads `prompt`, the results of the calls of the one that ended."""
         self.rounds.append(ended)
         self.prompt = prompt
         self.cached_ids = cached
@@ -445,41 +480,56 @@ def _logprobs(entry: Any) -> TokenLogprobs:
 
 
 class Generation:
-    """The rows of one call on one session."""
+    """Rows on one session: those of one call, or whatever a server adds and removes."""
 
     def __init__(
-        self,
-        model: GenerationModel,
-        rows: Sequence[_Row],
-        softcap: float | None,
-        stream: bool,
-        drafter: Drafter | None = None,
+        self, model: GenerationModel, rows: Sequence[Row] = (), stream: bool = True
     ) -> None:
+        """`stream`: every row's text is read as it comes."""
         self._model = model
-        self._drafter = drafter
-        self._rows = rows
+        self._stream = stream
+        self._rows: dict[int, Row] = {}
         self._session = model.new_session()
-        self._softcap = softcap
-        self._numbers: list[int] = []
         # Rows of the session that earlier rounds had: (number, index of the row).
         self._ended: list[tuple[int, int]] = []
+        self.errors: dict[int, ValueError] = {}
+        """Why rows could not go on, by index; the others can."""
         self._noted = [row.cache for row in rows if row.cache is not None]
         self._notes = [cache.provenance for cache in self._noted]
         with cache_edits.forgotten_on_error(self._noted):
-            for index, row in enumerate(self._rows):
-                if stream or row.options.stop_strings or row.prompt.tools:
-                    row.read_text()
-                if row.cache is not None:
-                    row.cache.note_adapter(row.adapters.label)
-                self._bind_hooks(row, index)
-                if row.guide:
-                    row.guide.begin(np.concatenate([row.cached_ids, row.prompt.ids]))
-                self._numbers.append(self._session.submit(self._request(row)))
-        self._bar = _PrefillBar(sum(len(row.prompt) for row in self._rows))
+            for index, row in enumerate(rows):
+                self.add(index, row)
+        self._bar = _PrefillBar(sum(len(row.prompt) for row in rows))
         self._collectors = _routing.collectors(model)
         self._outputs: list[Output] | None = None
 
-    def _bind_hooks(self, row: _Row, index: int) -> None:
+    def add(self, index: int, row: Row) -> None:
+        """Begins a row, between two steps; its pieces come with `index`, which must be free.
+
+        ValueError and MemoryError where the row can't fit, and it is not added.
+        """
+        if self._stream or row.options.stop_strings or row.prompt.tools:
+            row.read_text()
+        if row.cache is not None:
+            row.cache.note_adapter(row.adapters.label)
+        self._bind_hooks(row, index)
+        if row.guide:
+            row.guide.begin(np.concatenate([row.cached_ids, row.prompt.ids]))
+        row.number = self._session.submit(self._request(row))
+        self._rows[index] = row
+
+    def remove(self, index: int) -> Output:
+        """Takes a row out, ends it if it runs, and frees what the engine holds of it."""
+        row = self._rows.pop(index)
+        self._session.release(row.number)
+        self.errors.pop(index, None)
+        if not row.finish_reason:
+            row.cancel()
+        if row.guide:
+            row.guide.close()
+        return row.output(None)
+
+    def _bind_hooks(self, row: Row, index: int) -> None:
         if not row.request:
             return
         text = self._model.config.text
@@ -491,7 +541,7 @@ class Generation:
                 cache_edits.note(row.cache, row.request)
         row.hooks = capturing.BoundHooks(row.request, text, row.span, index)
 
-    def _request(self, row: _Row, core_cache: Any = None) -> Any:
+    def _request(self, row: Row, core_cache: Any = None) -> Any:
         options = row.options
         request = self._model.new_request()
         request.ids = row.prompt.ids.tolist()
@@ -512,12 +562,12 @@ class Generation:
         request.stop_ids = list(options.stop_ids)
         request.logprobs = options.logprobs or -1
         request.prompt_logprobs = options.prompt_logprobs or -1
-        request.softcap = self._softcap
+        request.softcap = row.softcap
         request.mask = row.guide.mask if row.guide else None
         # A stop string is found after a pass: guesses behind it would stay in the cache.
-        if self._drafter is not None and not options.stop_strings:
-            request.drafter = self._drafter.core
-            request.draft_tokens = self._drafter.max_tokens
+        if row.drafter is not None and not options.stop_strings:
+            request.drafter = row.drafter.core
+            request.draft_tokens = row.drafter.max_tokens
         request.hooks = row.hooks.core if row.hooks else None
         if row.adapters:
             request.adapters = row.adapters.core
@@ -527,11 +577,11 @@ class Generation:
     @property
     def done(self) -> bool:
         """Whether every row has ended."""
-        return all(row.finish_reason for row in self._rows)
+        return all(row.finish_reason for row in self._rows.values())
 
     def step(self) -> list[Piece]:
         """Runs one pass, or the tools that a row called; returns its pieces in order."""
-        for index, row in enumerate(self._rows):
+        for index, row in self._rows.items():
             if row.must_run and not row.finish_reason:
                 return [self._run_calls(index)]
         before = time.perf_counter()
@@ -541,10 +591,15 @@ class Generation:
             raise RuntimeError("the session has no rows left to step, but not all have ended")
         pieces = []
         seen: set[int] = set()
+        indices = {row.number: index for index, row in self._rows.items()}
         for result in results:
-            index = self._numbers.index(result.row)
+            index = indices[result.row]
             row = self._rows[index]
             if row.finish_reason:  # another thread closed the stream while this step ran
+                continue
+            if result.error:
+                row.cancel()
+                self.errors[index] = ValueError(result.error)
                 continue
             # Guesses that were right come as several results of one pass.
             piece = row.take(result, 0.0 if index in seen else seconds)
@@ -561,21 +616,24 @@ class Generation:
 
     def _close(self) -> None:
         self._bar.close()
-        for row in self._rows:
+        for row in self._rows.values():
             if row.guide:
                 row.guide.close()
 
     def _run_calls(self, index: int) -> Piece:
         """Runs what a row called, and lets it go on with the results."""
-        row, number = self._rows[index], self._numbers[index]
+        row = self._rows[index]
+        number = row.number
         results = run_tools(row.tools, row.calls)
-        said = row.output(None).message
-        prompt = next_prompt(row.prompt, said, results)
+        row.finish_reason = "tool_calls"
+        ended = row.output(None)
+        ended.tool_results, ended.rounds = tuple(results), ()
+        prompt = next_prompt(row.prompt, ended.message, results)
         cache = self._session.cache(number)
-        row.next_round(results, prompt, _tokens(cache))
+        row.next_round(ended, prompt, _tokens(cache))
         self._bind_hooks(row, index)
         try:
-            self._numbers[index] = self._session.submit(self._request(row, cache))
+            row.number = self._session.submit(self._request(row, cache))
         except (ValueError, MemoryError):  # No room for the results: what came so far is kept.
             row.finish_reason, row.hooks = "length", None
             if self.done:
@@ -592,9 +650,9 @@ class Generation:
 
     def abort(self) -> None:
         """Ends every row and gives the caller's caches their earlier content: the call raises."""
-        for number, row in zip(self._numbers, self._rows, strict=True):
+        for row in self._rows.values():
             if row.cache is not None and row.finish_reason:
-                self._session.rollback(number)
+                self._session.rollback(row.number)
         self._end(self._session.rollback)
         for number, index in reversed(self._ended):
             if self._rows[index].cache is not None:
@@ -604,9 +662,9 @@ class Generation:
 
     def _end(self, end_row: Callable[[int], None]) -> list[Piece]:
         pieces = []
-        for index, row in enumerate(self._rows):
+        for index, row in self._rows.items():
             if not row.finish_reason:
-                end_row(self._numbers[index])
+                end_row(row.number)
                 pieces.append(_of_row(row.cancel(), index))
         self._close()
         return pieces
@@ -614,19 +672,17 @@ class Generation:
     def outputs(self) -> list[Output]:
         """Returns one output a row, the same ones whenever it is asked after all rows ended."""
         if self._outputs is None:
-            self._outputs = [row.output(self._cache(i)) for i, row in enumerate(self._rows)]
-            if self._drafter is not None:
-                for number, output in zip(self._numbers, self._outputs, strict=True):
-                    output.drafts = DraftCounts(*self._session.drafts(number))
+            self._outputs = [row.output(self._cache(row)) for row in self._rows.values()]
+            for row, output in zip(self._rows.values(), self._outputs, strict=True):
+                if row.drafter is not None:
+                    output.drafts = DraftCounts(*self._session.drafts(row.number))
             _routing.count((output.routing for output in self._outputs), self._collectors)
         return self._outputs
 
-    def _cache(self, index: int) -> Any:
-        given = self._rows[index].cache
-        if given is not None:
-            return given
-        made = self._model.wrap_cache(self._session.cache(self._numbers[index]))
-        row = self._rows[index]
+    def _cache(self, row: Row) -> Any:
+        if row.cache is not None:
+            return row.cache
+        made = self._model.wrap_cache(self._session.cache(row.number))
         if row.adapters:
             made.note("adapter", row.adapters.label)
         if row.request.edits:

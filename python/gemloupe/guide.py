@@ -89,12 +89,51 @@ class ThoughtBudget:
         return piece.endswith("\n") or piece == "<0x0A>"
 
 
+class RequiredCall:
+    """Makes a row's first round begin, after its thoughts, with a call of a tool."""
+
+    def __init__(self, tokenizer: Tokenizer, name: str | None, thinking: bool) -> None:
+        """`name`: of the tool, None for any. `thinking`: a thought comes first."""
+        begun = CALL_OPEN + "call:" + ("" if name is None else name + "{")
+        self._tokenizer = tokenizer
+        self._open = _required(tokenizer, THOUGHT_OPEN)
+        self._close = _required(tokenizer, THOUGHT_CLOSE)
+        self._ids = tokenizer.encode(begun, bos=False)
+        self._must_think = thinking
+        self._in_thought = False
+        self._given: int | None = None
+        """Ids of the call so far, None before the first round."""
+
+    def begin(self, ids: np.ndarray) -> None:
+        self._given = 0 if self._given is None else len(self._ids)
+        self._in_thought = open_thought(ids, self._tokenizer) is not None
+        self._must_think = self._must_think and not self._in_thought
+
+    def push(self, id: int) -> None:
+        self._must_think = False
+        if id == self._open and self._given == 0:
+            self._in_thought = True
+        elif self._in_thought and id not in (self._close, self._ids[0]):
+            pass
+        elif id == self._close:
+            self._in_thought = False
+        elif self._given is not None:
+            self._in_thought = False
+            self._given = min(self._given + 1, len(self._ids))
+
+    def forced(self) -> int | None:
+        """The only id that may come next, None where there is a choice."""
+        if self._in_thought or self._given is None or self._given >= len(self._ids):
+            return None
+        return self._open if self._must_think else self._ids[self._given]
+
+
 def _required(tokenizer: Tokenizer, piece: str) -> int:
     id = tokenizer.id(piece)
     if id is None:
         raise ValueError(
             f"{tokenizer.folder}: the tokenizer lacks {piece}, so this model can't think; leave "
-            "max_thinking_tokens out"
+            "max_thinking_tokens and tool_choice out"
         )
     return id
 
@@ -206,19 +245,19 @@ def _clear(words: np.ndarray, id: int | None) -> None:
 
 
 class RowGuide:
-    """Answers a row's mask from its budget and its form, each of which may be missing."""
+    """Answers a row's mask from what forces ids and from its form, which may be missing."""
 
     def __init__(
         self,
         mask: Any,
-        budget: ThoughtBudget | None,
+        forcing: Sequence[ThoughtBudget | RequiredCall],
         form: AnswerForm | None,
         suppress: Sequence[int],
         workers: ThreadPoolExecutor,
     ) -> None:
         """`mask`: the `_core.TokenMask` of the row's request."""
         self.mask = mask
-        self._budget = budget
+        self._forcing = tuple(forcing)
         self._form = form
         self._suppress = tuple(suppress)
         self._workers = workers
@@ -227,16 +266,16 @@ class RowGuide:
 
     def begin(self, ids: np.ndarray) -> None:
         """A round begins after `ids` [T]; works out the mask of its first token."""
-        if self._budget is not None:
-            self._budget.begin(ids)
+        for each in self._forcing:
+            each.begin(ids)
         if self._form is not None:
             self._form.begin(ids)
         self._answer(None)
 
     def push(self, id: int) -> None:
         """Takes the token that was chosen and works out the next mask."""
-        if self._budget is not None:
-            self._budget.push(id)
+        for each in self._forcing:
+            each.push(id)
         self._answer(id)
 
     def close(self) -> None:
@@ -244,7 +283,8 @@ class RowGuide:
         self._workers.shutdown(wait=False)
 
     def _answer(self, id: int | None) -> None:
-        forced = None if self._budget is None else self._budget.forced()
+        ids = (each.forced() for each in self._forcing)
+        forced = next((id for id in ids if id is not None), None)
         if self._form is None:
             self._say(forced)
         else:

@@ -17,6 +17,8 @@ PAGES = (
     "adapters",
     "errors",
     "chat",
+    "serve",
+    "security",
     "from_transformer_lens",
     "from_transformers",
     "from_nnsight",

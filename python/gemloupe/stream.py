@@ -62,6 +62,8 @@ class Stream(Iterator[Piece]):
     def _step(self) -> None:
         try:
             self._pieces.extend(self._generation.step())
+            for error in self._generation.errors.values():
+                raise error
         except BaseException:
             self._generation.abort()
             raise

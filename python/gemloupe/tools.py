@@ -81,6 +81,39 @@ def parse_tools(tools: Any) -> list[Tool] | None:
     return parsed or None
 
 
+@dataclass(frozen=True)
+class MustCall:
+    """A tool has to be called: the one of this name, None for any."""
+
+    name: str | None = None
+
+
+ToolChoice = MustCall | None
+
+
+def read_tool_choice(choice: Any, tools: Sequence[Tool] | None) -> ToolChoice:
+    """Reads `tool_choice=`; None where the model decides. ValueError for a tool that is not there.
+
+    "auto", "none", "required", or {"type": "function", "function": {"name": …}}.
+    """
+    if choice in (None, "auto", "none"):
+        return None
+    body = choice.get("function", choice) if isinstance(choice, Mapping) else None
+    name = body.get("name") if isinstance(body, Mapping) else None
+    if choice != "required" and not isinstance(name, str):
+        raise ValueError(
+            f"tool_choice is {quoted(choice)}; expected 'auto', 'none', 'required' or "
+            '{"type": "function", "function": {"name": ...}}'
+        )
+    names = [tool.name for tool in tools or ()]
+    if not names:
+        raise ValueError(f"tool_choice is {quoted(choice)}, but there are no tools; pass tools=")
+    if name is not None and name not in names:
+        hint = did_you_mean(name, names) or f"Tools are {one_of(names)}."
+        raise ValueError(f"tool_choice names no tool: {quoted(name)}. {hint}")
+    return MustCall(name)
+
+
 def _parse_tool(tool: Any, where: str) -> Tool:
     if isinstance(tool, Tool):
         return tool

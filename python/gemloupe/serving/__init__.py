@@ -1,0 +1,1 @@
+"""`gemloupe serve`: a model behind the HTTP interfaces of OpenAI and Ollama."""

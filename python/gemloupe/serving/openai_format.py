@@ -1,0 +1,189 @@
+"""Outputs and pieces in the words of OpenAI's API."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gemloupe.output import Output, TokenLogprobs
+from gemloupe.serving.chat_request import GenerateRequest
+from gemloupe.serving.hooks_json import hooks_json
+from gemloupe.stream import Piece
+from gemloupe.tokenizer import Tokenizer
+from gemloupe.tools import as_json
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def usage(outputs: Sequence[Output], choices: int, discard: bool = False) -> dict[str, int]:
+    """Tokens of a request: a prompt counts once, whatever number of answers it has."""
+    prompts = sum(len(output.prompt) for output in outputs[::choices])
+    new = 0 if discard else sum(len(output.ids) for output in outputs)
+    return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+
+
+def extras(output: Output) -> dict[str, Any]:
+    """What gemloupe adds to a choice: captures, routing, timings, broken calls."""
+    times = output.timings
+    added: dict[str, Any] = {
+        "seed": output.seed,
+        "timings": {
+            "prefill_tokens": times.prefill_tokens,
+            "prefill_seconds": times.prefill_seconds,
+            "decode_tokens": times.decode_tokens,
+            "decode_seconds": times.decode_seconds,
+            "time_to_first_token": times.time_to_first_token,
+        },
+        **hooks_json(output),
+    }
+    if output.tool_errors:
+        added["tool_errors"] = output.tool_errors
+    return {"gemloupe": added}
+
+
+def call_json(call: dict[str, Any], index: int | None = None) -> dict[str, Any]:
+    """A call with its arguments as JSON text; in streams with its number."""
+    function = call["function"]
+    numbered = {} if index is None else {"index": index}
+    return {
+        **numbered,
+        "id": call["id"],
+        "type": "function",
+        "function": {"name": function["name"], "arguments": as_json(function["arguments"])},
+    }
+
+
+def chat_choice(index: int, output: Output, request: GenerateRequest) -> dict[str, Any]:
+    calls = [call_json(call) for call in output.tool_calls]
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": None if calls and not output.text else output.text,
+    }
+    if output.reasoning:
+        message["reasoning_content"] = message["reasoning"] = output.reasoning
+    if calls:
+        message["tool_calls"] = calls
+    logprobs = None
+    if request.logprobs:
+        tokenizer = output.prompt.tokenizer
+        logprobs = chat_logprobs(
+            output.ids.tolist(), output.logprobs or [], request.top_logprobs, tokenizer
+        )
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": output.finish_reason,
+        **extras(output),
+    }
+
+
+def chat_delta(
+    index: int, piece: Piece, calls_before: int, request: GenerateRequest, tokenizer: Tokenizer
+) -> dict[str, Any] | None:
+    """The choice of a chunk; None where this token shows nothing."""
+    delta: dict[str, Any] = {}
+    if piece.text:
+        delta["content"] = piece.text
+    if piece.reasoning:
+        delta["reasoning_content"] = delta["reasoning"] = piece.reasoning
+    if piece.tool_calls:
+        delta["tool_calls"] = [
+            call_json(call, calls_before + i) for i, call in enumerate(piece.tool_calls)
+        ]
+    logprobs = None
+    if request.logprobs and piece.ids:
+        logprobs = chat_logprobs(piece.ids, piece.logprobs or [], request.top_logprobs, tokenizer)
+    if not delta and logprobs is None and not piece.finish_reason:
+        return None
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": piece.finish_reason,
+    }
+
+
+def chat_logprobs(
+    ids: Sequence[int], logprobs: Sequence[TokenLogprobs], top: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    content = []
+    for id, (logprob, best) in zip(ids, logprobs, strict=True):
+        entry = _token_entry(id, logprob, tokenizer)
+        entry["top_logprobs"] = [_token_entry(i, value, tokenizer) for i, value in best[:top]]
+        content.append(entry)
+    return {"content": content}
+
+
+def _token_entry(id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    text, data = token_text(id, tokenizer)
+    return {"token": text, "id": id, "logprob": _finite(logprob), "bytes": data}
+
+
+def token_text(id: int, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The text of one token and its bytes; of a byte token its own byte."""
+    piece = tokenizer.tokens([id])[0]
+    if match := _BYTE.fullmatch(piece):
+        return f"bytes:\\x{match[1].lower()}", [int(match[1], 16)]
+    text = piece.replace("\u2581", " ")
+    return text, list(text.encode(errors="replace"))
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, -9999.0)  # JSON has no infinity; OpenAI writes -9999.
+
+
+def completion_choice(index: int, output: Output, request: GenerateRequest) -> dict[str, Any]:
+    prompt = request.inputs[index // request.choices]
+    begun = ""
+    if request.echo:
+        begun = prompt if isinstance(prompt, str) else output.prompt.text
+    text = "" if request.discard else output.text
+    logprobs = None
+    if request.logprobs:
+        ids: list[int] = []
+        entries: list[TokenLogprobs | None] = []
+        if request.echo:
+            ids, entries = output.prompt.ids.tolist(), list(output.prompt_logprobs or [])
+            if isinstance(prompt, str):
+                skipped = len(ids) - len(output.prompt.tokenizer.without_bos(ids))
+                ids, entries = ids[skipped:], entries[skipped:]
+        if not request.discard:
+            ids, entries = ids + output.ids.tolist(), entries + list(output.logprobs or [])
+        logprobs = completion_logprobs(ids, entries, request.top_logprobs, output.prompt.tokenizer)
+    return {
+        "index": index,
+        "text": begun + text,
+        "logprobs": logprobs,
+        "finish_reason": "length" if request.discard else output.finish_reason,
+        **extras(output),
+    }
+
+
+def completion_logprobs(
+    ids: Sequence[int],
+    logprobs: Sequence[TokenLogprobs | None],
+    top: int,
+    tokenizer: Tokenizer,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """Four lists with one entry a token; the first of a prompt has no log-probability."""
+    tokens, values, tops, offsets = [], [], [], []
+    for id, entry in zip(ids, logprobs, strict=True):
+        text = token_text(id, tokenizer)[0]
+        tokens.append(text)
+        offsets.append(offset)
+        offset += len(text)
+        values.append(None if entry is None else _finite(entry[0]))
+        tops.append(
+            None
+            if entry is None
+            else {token_text(i, tokenizer)[0]: _finite(value) for i, value in entry[1][:top]}
+        )
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": tops,
+        "text_offset": offsets,
+    }
