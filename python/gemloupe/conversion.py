@@ -54,7 +54,7 @@ def convert(
     copies a packed one. Vision and audio tensors are copied as they are. It needs little memory:
     tensors pass through it in parts.
 
-    `adapter`: a PEFT folder or hub id, or {folder: weight} for several, to be folded into the
+    `adapter`: a PEFT folder or hub id, a list or {folder: weight} for several: folded into the
     weights before they are rounded. It needs room on the disk for the float32 values of what
     changes. ValueError for what no weights can hold: lora_bias, and an embedding that changes
     otherwise than the head that it is tied to.

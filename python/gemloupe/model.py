@@ -16,6 +16,7 @@ from gemloupe import drafter as _drafter
 from gemloupe import inspect as _inspect
 from gemloupe import run as _run
 from gemloupe.adapters import Adapter
+from gemloupe.adapters.loading import weights_of
 from gemloupe.adapters.registry import Adapters
 from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
@@ -118,13 +119,9 @@ def load(
     with _load_bar(checkpoint, targets, residency) as bar:
         core = _core.TextModel(core_config(checkpoint.config.text), weights, options, bar.show)
     model = Model(core, checkpoint, preset, kv_dtype, options)
-    for source_of, weight in (_adapter_weights(adapter) if adapter is not None else {}).items():
-        model.adapters.default[model.load_adapter(source_of).name] = weight
+    for path, weight in weights_of(adapter).items():
+        model.adapters.default[model.load_adapter(path).name] = weight
     return model
-
-
-def _adapter_weights(adapter: Any) -> Mapping[Any, float]:
-    return adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

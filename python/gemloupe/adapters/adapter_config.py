@@ -38,11 +38,17 @@ _CONVERT = (
     "makes it a plain LoRA adapter"
 )
 _MAX_RANK = 1 << 20
-_MAX_PATTERNS = 100_000
+# A model has some hundred modules; patterns with repetitions take longer, and few are needed.
+_MAX_PATTERNS = 5000
+_MAX_REPEATING = 50
 _MAX_PATTERN = 500
 _QUANTISED_NAME = re.compile(
     r"(bnb|[48]bit|nf4|gptq|awq|int[48]\b|fp8|[-_]qat[-_]?)", re.IGNORECASE
 )
+
+
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
+"""(end of a module's path, value) in the order in which they apply; the rule is PEFT's."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class AdapterConfig:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     token_indices: Mapping[str, tuple[int, ...]]
     """Name of an embedding -> ids of its trainable tokens."""
     ties_tokens: bool
@@ -69,13 +75,12 @@ class AdapterConfig:
 
     def rank_of(self, path: str) -> int:
         """The rank of the module at a path of the trained model, as PEFT finds it."""
-        path = self._target(path)
-        return self.rank_pattern.get(_pattern_for(self.rank_pattern, path), self.rank)
+        return int(_first_match(self.rank_pattern, self._target(path), self.rank))
 
     def scale_of(self, path: str) -> float:
         """alpha / r, or alpha / √r with rsLoRA, of the module at a path of the trained model."""
-        rank, path = self.rank_of(path), self._target(path)
-        alpha = self.alpha_pattern.get(_pattern_for(self.alpha_pattern, path), self.alpha)
+        rank = self.rank_of(path)
+        alpha = _first_match(self.alpha_pattern, self._target(path), self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _target(self, path: str) -> str:
@@ -85,9 +90,8 @@ class AdapterConfig:
         return weight if named else path
 
 
-def _pattern_for(patterns: Mapping[str, Any], path: str) -> str:
-    """The first pattern that matches the end of `path`, at a dot; the rule is PEFT's."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", path)), path)
+def _first_match(patterns: Patterns, path: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.match(path)), default)
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
@@ -113,7 +117,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         use_rslora=check.flag("use_rslora"),
         use_dora=check.flag("use_dora"),
         lora_bias=check.flag("lora_bias"),
-        rank_pattern={p: int(v) for p, v in check.patterns("rank_pattern", integer=True).items()},
+        rank_pattern=check.patterns("rank_pattern", integer=True),
         alpha_pattern=check.patterns("alpha_pattern"),
         token_indices=check.token_indices(),
         ties_tokens=_ties_tokens(raw),
@@ -210,23 +214,26 @@ class _Fields:
             return default
         return float(value)
 
-    def patterns(self, name: str, *, integer: bool = False) -> dict[str, float]:
+    def patterns(self, name: str, *, integer: bool = False) -> Patterns:
         value = self._raw.get(name) or {}
         if not isinstance(value, Mapping) or len(value) > _MAX_PATTERNS:
             self._refuse(name, value, f"an object of at most {_MAX_PATTERNS} patterns")
-            return {}
-        found = {}
+            return ()
+        if sum(bool(_REPETITION.search(pattern)) for pattern in value) > _MAX_REPEATING:
+            self._refuse(name, value, f"at most {_MAX_REPEATING} patterns with repetitions")
+            return ()
+        found = []
         for pattern, entry in value.items():
-            problem = _pattern_problem(pattern)
+            compiled, problem = _compiled(pattern)
             in_range = _is_number(entry, integer) and abs(entry) <= 1e9
-            if problem:
+            if compiled is None:
                 self._problems.append(f"{name} has the pattern {quoted(pattern)}, {problem}")
             elif not in_range or (integer and not 1 <= entry <= _MAX_RANK):
                 kind = f"an integer from 1 to {_MAX_RANK}" if integer else "a number"
                 self._refuse(f"{name}[{quoted(pattern)}]", entry, kind)
             else:
-                found[pattern] = float(entry)
-        return found
+                found.append((compiled, float(entry)))
+        return tuple(found)
 
     def token_indices(self) -> dict[str, tuple[int, ...]]:
         name = "trainable_token_indices"
@@ -248,14 +255,16 @@ def _is_number(value: Any, integer: bool) -> bool:
     return type(value) is int or (not integer and isinstance(value, float))
 
 
-def _pattern_problem(pattern: str) -> str:
-    """Why a regular expression of a stranger is not run: some take years on a short text."""
-    if len(pattern) > _MAX_PATTERN or len(re.findall(r"[*+{]", pattern)) > 3:
-        return f"expected at most {_MAX_PATTERN} characters and 3 repetitions"
+_REPETITION = re.compile(r"[*+{]")
+
+
+def _compiled(pattern: str) -> tuple[re.Pattern[str] | None, str]:
+    """A stranger's regular expression, or why it is not run: some take years on a short text."""
+    if len(pattern) > _MAX_PATTERN or len(_REPETITION.findall(pattern)) > 3:
+        return None, f"expected at most {_MAX_PATTERN} characters and 3 repetitions"
     if re.search(r"\)[*+{]", pattern) or re.search(r"\\\d", pattern):
-        return "which repeats a group; expected only repeated characters, such as .*"
+        return None, "which repeats a group; expected only repeated characters, such as .*"
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
+        return re.compile(rf"(.*\.)?({pattern})$"), ""
     except re.error as error:
-        return f"which is no regular expression: {error}"
-    return ""
+        return None, f"which is no regular expression: {error}"

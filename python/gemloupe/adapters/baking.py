@@ -15,7 +15,7 @@ import numpy as np
 from gemloupe.adapters import measure
 from gemloupe.adapters.adapter import Adapter
 from gemloupe.adapters.effective import EffectiveWeights
-from gemloupe.adapters.loading import as_product
+from gemloupe.adapters.loading import as_product, weights_of
 from gemloupe.adapters.matching import Changing, LowRank, Replacement, Rows
 from gemloupe.adapters.modules import HEAD, Module
 from gemloupe.adapters.selection import Selection
@@ -92,10 +92,9 @@ def prepare(source: str | os.PathLike[str], adapter: Any) -> Baking:
     """Opens adapters for the checkpoint `source`; ValueError for what no weights can hold."""
     from gemloupe.model import load
 
-    given = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
     model = load(source)
     loaded = []
-    for number, (path, weight) in enumerate(given.items()):
+    for number, (path, weight) in enumerate(weights_of(adapter).items()):
         one = model.load_adapter(path, name=f"{number}", scale=weight, dtype="float32")
         loaded.append((one, 1.0))
         _check(one)

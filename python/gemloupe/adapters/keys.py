@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+PREFIX = "base_model.model."
+"""What PEFT puts before every name."""
+
 _LORA = re.compile(
     r"(?P<path>.+?)\.(?P<part>lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?:\.(?P<leaf>weight|bias))?"
@@ -40,7 +43,7 @@ class Key(NamedTuple):
 
 def parse(name: str) -> Key:
     """Takes a tensor's name apart; every name is at least a "saved" parameter."""
-    rest = name.removeprefix("base_model.model.")
+    rest = name.removeprefix(PREFIX)
     if match := _LORA.fullmatch(rest):
         part = _PARTS[match["part"]]
         if match["leaf"] == "bias":

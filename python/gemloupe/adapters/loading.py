@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +46,15 @@ def load(
     matched = matching(opened, model, strict)
     held = _held(opened, matched, model, _stored_dtype(opened, matched, model, dtype))
     return Adapter(name or default_name(opened), float(scale), held, opened, matched, model)
+
+
+def weights_of(adapter: Any) -> dict[Any, float]:
+    """What `gl.load` and `gl.convert` take as adapter=: a folder, several, or {folder: weight}."""
+    if adapter is None:
+        return {}
+    if isinstance(adapter, Mapping):
+        return dict(adapter)
+    return dict.fromkeys(adapter if isinstance(adapter, (list, tuple)) else [adapter], 1.0)
 
 
 def check_weight(value: Any, name: str) -> None:

@@ -167,7 +167,7 @@ class _Matcher:
             self._part(tensor, key, path)
 
     def _problem(self, tensor: TensorInfo, text: str) -> None:
-        self.problems.append(f"{quoted(tensor.name)}: {text}")
+        self.problems.append(f"{quoted(tensor.name.removeprefix(keys.PREFIX))}: {text}")
 
     def _unmatched(self, tensor: TensorInfo, path: str) -> None:
         # A hint for those that are shown only: a hostile file may have 100,000 names.
