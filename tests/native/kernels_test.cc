@@ -400,7 +400,8 @@ void Softcap(const KernelTable& t, float* dst, const float*, const float*, int64
 TEST_P(Kernels, ElementwiseResultsDoNotDependOnTheLength) {
   constexpr int64_t kMost = 67;
   const std::vector<float> a = Normal(kMost, 10), b = Normal(kMost, 11), d = Normal(kMost, 12);
-  for (const Elementwise function : {Add, Mul, GeluMul, SigmoidMul, Clamp, Scale, AddScaled, Exp, Softcap}) {
+  for (const Elementwise function :
+       {Add, Mul, GeluMul, SigmoidMul, Clamp, Scale, AddScaled, Exp, Softcap}) {
     std::vector<float> alone = d;
     for (int64_t i = 0; i < kMost; ++i) function(*kernels_, &alone[i], &a[i], &b[i], 1);
     for (int64_t n = 1; n <= kMost; ++n) {
