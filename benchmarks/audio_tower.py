@@ -83,7 +83,7 @@ def sound(seconds: float) -> np.ndarray:
 def gemloupe_tower(path: Path, threads: int) -> Any:
     from gemloupe.audio_config import read_audio_config
     from gemloupe.config import parse_config
-    from gemloupe.media.audio_tower import make_tower
+    from gemloupe.media.audio_tower import Ears, make_tower
     from gemloupe.media.mel import MelOptions
     from gemloupe.safetensors_header import read_header
 
@@ -99,7 +99,7 @@ def gemloupe_tower(path: Path, threads: int) -> Any:
     mel = MelOptions()
     config = read_audio_config(parse_config(VARIANTS[_VARIANT].raw), mel.feature_size)
     assert config is not None
-    return make_tower(config, weights, options, mel)
+    return make_tower(Ears(config, mel), weights, options)
 
 
 def gemloupe_encoder(path: Path, threads: int) -> Any:
@@ -107,7 +107,7 @@ def gemloupe_encoder(path: Path, threads: int) -> Any:
 
     def encode(samples: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         begin = time.perf_counter()
-        tokens = tower.encode(tower.read(samples)).soft_tokens
+        tokens = tower.encode(tower.ears.read(samples)).soft_tokens
         return tokens, {"seconds": time.perf_counter() - begin}
 
     return encode

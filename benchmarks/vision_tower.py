@@ -81,9 +81,13 @@ def write_weights(path: Path, dtype: str) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes(tower()).values():
+        for name, shape in shapes(tower()).items():
             values = rng.standard_normal(int(np.prod(shape)), dtype=np.float32)
             values = values * 0.1 + 1 if len(shape) == 1 else values / np.float32(shape[-1] ** 0.5)
+            if name.endswith("q_norm.weight"):
+                # Scores are not divided by the root of the head size: at full weight random queries
+                # would each see one key, and rounding would decide which.
+                values = values / np.float32(shape[0] ** 0.5)
             file.write(values if width == 4 else (values.view(np.uint32) >> 16).astype("<u2"))
     partial.rename(path)
 

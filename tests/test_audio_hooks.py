@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from safetensors.numpy import load_file, save_file
 
 import gemloupe as gl
+from gemloupe.media.mel import log_mel
 from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
 
 
@@ -113,6 +118,31 @@ def test_a_sound_knows_the_times_and_frames_of_its_tokens(
     assert sound.frames[0].tolist() == [0, 3]
     assert sound.frames[-1][1] == len(sound.features) - 1
     np.testing.assert_array_equal(sound.captured["audio.mel"], sound.features)
+
+
+def test_prompts_with_sounds_travel_between_processes(model: gl.Model, clip: np.ndarray) -> None:
+    prompt = model.prepare("<|audio|>", audio=clip)
+
+    copy = pickle.loads(pickle.dumps(prompt))
+
+    medium = copy.media[0]
+    np.testing.assert_array_equal(medium.soft_tokens, model.encode_audio(clip))
+    np.testing.assert_array_equal(medium.content.source.features, log_mel(clip))
+
+
+def test_an_encoder_free_model_shows_samples_and_soft_tokens(tmp_path: Path) -> None:
+    save_tiny(make_tiny("12b", towers="audio", media_ids=True), tmp_path)
+    model = gl.load(tmp_path, dtype="float32")
+    sound = np.arange(50, dtype=np.float32) / 50
+
+    tokens = model.encode_audio(sound, capture="audio.*")
+
+    assert sorted(captured(tokens)) == ["audio.mel", "audio.soft_tokens"]
+    samples = captured(tokens)["audio.mel"]
+    np.testing.assert_array_equal(samples.ravel(), np.pad(sound, (0, 10)))
+    assert {"audio.mel", "audio.soft_tokens"} == {
+        name for name in gl.hook_points(model) if name.startswith("audio.")
+    }
 
 
 def test_edited_soft_tokens_are_what_the_text_model_reads(
@@ -233,9 +263,28 @@ def test_sounds_without_a_soft_token_are_refused(
 
 
 def test_a_prompt_takes_an_array_with_its_rate(model: gl.Model, clip: np.ndarray) -> None:
-    run = model.run("<|audio|>", audio=[(clip, 8000)])
+    for audio in ([(clip, 8000)], (clip, 8000)):
+        run = model.run("<|audio|>", audio=audio)
 
-    np.testing.assert_array_equal(run.media[0].soft_tokens, model.encode_audio(clip, 8000))
+        np.testing.assert_array_equal(run.media[0].soft_tokens, model.encode_audio(clip, 8000))
+
+
+def test_parts_of_a_chat_bring_sounds_as_openais_do(model: gl.Model) -> None:
+    samples = np.random.default_rng(2).integers(-3000, 3000, 4000).astype(np.int16)
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16_000, format="WAV")
+    data = base64.b64encode(file.getvalue()).decode()
+    parts = [
+        {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}},
+        {"type": "audio", "audio": samples},
+        {"type": "audio"},
+    ]
+
+    prompt = model.prepare([{"role": "user", "content": parts}], audio=file.getvalue())
+
+    for medium in prompt.media:
+        np.testing.assert_array_equal(medium.soft_tokens, model.encode_audio(samples))
+    assert len(prompt.media) == 3
 
 
 def test_silence_is_a_sound(model: gl.Model) -> None:

@@ -231,7 +231,6 @@ def test_timings_count_tokens(folder: Path) -> None:
             ValueError,
             "routing is .some.; expected .full. or .experts., or False",
         ),
-        ({"drafter": "x"}, ValueError, "drafter= is not in this version"),
     ],
 )
 def test_wrong_arguments_say_what_was_expected(

@@ -26,6 +26,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gguf(tmp_path / GGUF, docs_blocks.DEMO, tokenizer=docs_blocks.DEMO)
     seeing = make_tiny("26b", towers="tiny", media_ids=True, vision={"position_embedding_size": 64})
     save_tiny_tokenizer(save_tiny(seeing, tmp_path / "gemma-4-26B-A4B-it"))
+    hearing = make_tiny("e2b", towers="audio", media_ids=True)
+    save_tiny_tokenizer(save_tiny(hearing, tmp_path / "gemma-4-E2B-it"))
     write_adapter(tmp_path / ADAPTER, docs_blocks.DEMO)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -153,7 +153,8 @@ def test_attention_is_painted_over_its_picture(model: gl.Model) -> None:
     assert under.get_extent() == [0, 96, 48, 0] == over.get_extent()
     weights = run[name][1, -1, run.media[0].positions]
     assert np.array_equal(np.asarray(over.get_array()).ravel(), weights)
-    assert ax.get_title().startswith(f"layer 5, head 1: {weights.sum():.0%} of ")
+    assert ax.get_title().startswith("layer 5, head 1: “")
+    assert ax.get_title().endswith(f"” gives this picture {weights.sum():.0%}")
     for arguments, expected in (
         ({"head": 9}, "head is 9; expected 0 to 5"),
         ({"head": 0, "token": 999}, "token is 999"),

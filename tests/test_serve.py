@@ -437,7 +437,8 @@ def test_a_client_that_goes_away_ends_its_row(server: Server) -> None:
     before = server.scheduler.counts.cancelled
     with httpx.Client(base_url=server.url, timeout=30) as http:
         with http.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             wait_until(lambda: server.scheduler.running == 1)
     wait_until(lambda: server.scheduler.running == 0)
     assert server.scheduler.counts.cancelled == before + 1
@@ -463,6 +464,12 @@ def test_a_row_that_fails_takes_no_other_with_it(server: Server, client: openai.
         answers = list(pool.map(ask, range(8)))
     assert all("response_format" in answer for answer in answers[::4])
     assert {answer for i, answer in enumerate(answers) if i % 4} == {ask(1)}
+    with pytest.raises(openai.APIError, match="response_format"):
+        list(
+            client.chat.completions.create(
+                model="x", messages=SUM, response_format={"regex": "a{1000000}"}, stream=True
+            )
+        )
 
 
 def test_released_rows_give_back_their_numbers(server: Server) -> None:
@@ -476,7 +483,7 @@ def test_released_rows_give_back_their_numbers(server: Server) -> None:
     assert [submit(), submit()] == [0, 1]
     session.release(0)
     assert session.active == 1
-    with pytest.raises(IndexError, match="row 0 was released"):
+    with pytest.raises(ValueError, match="row 0 was released"):
         session.cancel(0)
     assert submit() == 0 and session.active == 2
     assert session.step()[0].row == 1, "prompts are read in the order in which they came"
@@ -589,8 +596,11 @@ def test_images_and_sounds_are_read_from_the_request(seeing: Server) -> None:
     text = {"type": "text", "text": "hi"}
     for theirs, mine in (
         (
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-            {"type": "image", "image": png.getvalue()},
+            {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/png;base64,{image}", "detail": "low"},
+            },
+            {"type": "image", "image": png.getvalue(), "max_soft_tokens": 70},
         ),
         (
             {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}},
@@ -609,12 +619,9 @@ def test_images_and_sounds_are_read_from_the_request(seeing: Server) -> None:
         got = [entry.logprob for entry in answer.choices[0].logprobs.content]
         assert got == [logprob for logprob, _ in out.logprobs]
         assert answer.usage.prompt_tokens == len(out.prompt) > 5
-    said = ollama.Client(host=seeing.url).chat(
-        model="x",
-        messages=[{"role": "user", "content": "hi", "images": [png.getvalue()]}],
-        options={"temperature": 0, "num_predict": 3},
-    )
-    assert said.prompt_eval_count > 5
+    chat = [{"role": "user", "content": "hi", "images": [png.getvalue()]}]
+    with pytest.raises(ollama.ResponseError, match="an image of 48 rows of 48 patches"):
+        ollama.Client(host=seeing.url).chat(model="x", messages=chat)  # Too fine for this tower.
 
 
 def test_a_drafter_changes_no_answer(seeing: Server, tmp_path: Path) -> None:
@@ -632,6 +639,7 @@ def test_a_drafter_changes_no_answer(seeing: Server, tmp_path: Path) -> None:
         assert ask(drafting.url) == ask(seeing.url)
 
 
+@pytest.mark.filterwarnings("ignore:the text from")
 def test_speech_is_transcribed(seeing: Server) -> None:
     wav = io.BytesIO()
     soundfile.write(wav, np.random.default_rng(0).normal(0, 0.1, 8_000), 16_000, format="WAV")

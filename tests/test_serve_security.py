@@ -202,7 +202,7 @@ def test_long_prompts_are_refused_and_long_answers_cut(http: httpx.Client) -> No
     _refused(answer, 400, "9 answers; expected at most 8")
     body = {"messages": HI, "max_tokens": 10**9, "temperature": 0}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
-    _refused(http.post("/v1/completions", json={"prompt": [2, 10**6]}), 400, "token id 1000000")
+    _refused(http.post("/v1/completions", json={"prompt": [2, 10**6]}), 400, "the id 1000000")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +252,7 @@ def test_without_an_adapter_folder_nothing_is_loaded() -> None:
     with running() as server, httpx.Client(base_url=server.url) as http:
         body = {"lora_name": "x", "lora_path": "/"}
         _refused(http.post("/v1/load_lora_adapter", json=body), 403, "--adapter-dir")
+        body = {"lora_name": "x"}
         _refused(http.post("/v1/unload_lora_adapter", json=body), 403, "--adapter-dir")
 
 
@@ -262,7 +263,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(
     body = endless(model.tokenizer, model.config.text.vocab_size)
     body |= {"prompt": "The", "stream": True, "max_tokens": 2000}
     with http.stream("POST", "/v1/completions", json=body) as first:
-        next(first.iter_lines())
+        lines = first.iter_lines()
+        next(lines)
         wait_until(lambda: server.scheduler.running == 1)
         with ThreadPoolExecutor(1) as pool:
             waits = pool.submit(http.post, "/v1/completions", json={"prompt": "A", "max_tokens": 2})

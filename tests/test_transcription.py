@@ -31,7 +31,8 @@ class Listener:
     def __init__(self, *answers: str) -> None:
         self.answers = iter(answers)
         self.calls: list[tuple[str, int, dict[str, Any]]] = []
-        self.audio_tower = SimpleNamespace(num_tokens=lambda clip: len(clip) // 640)
+        ears = SimpleNamespace(num_tokens=lambda clip: len(clip) // 640)
+        self.audio_tower = SimpleNamespace(ears=ears)
 
     def chat(self, prompt: str, *, audio: list[Any], **arguments: Any) -> Any:
         self.calls.append((prompt, len(audio[0]), arguments))

@@ -300,6 +300,7 @@ Status AudioTower::Encode(const Request& request, AudioState& state,
     const int64_t end = std::min(ready, state.num_tokens + kPassTokens);
     status = EncodeTokens(request, end, state, soft_tokens);
   }
+  if (!status.ok()) state.ended = true;
   arena_.ShrinkTo(kKeptScratch);
   if (request.hooks != nullptr) request.hooks->EndPass(status.ok());
   return status;

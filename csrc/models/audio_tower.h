@@ -69,7 +69,7 @@ class AudioTower {
     Hooks* hooks = nullptr;         // or null
     std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled
   };
-  // Appends to soft_tokens [n, D] those that the features complete. On an error the state is void.
+  // Appends to soft_tokens [n, D] those that the features complete. On an error the sound has ended.
   Status Encode(const Request& request, AudioState& state, std::vector<float>& soft_tokens);
 
   const AudioConfig& config() const { return config_; }

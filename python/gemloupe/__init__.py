@@ -41,13 +41,13 @@ def hook_points(model: Model) -> dict[str, HookPoint]:
 
     Those of its towers ("vision.…", "audio.…") come first.
     """
-    from gemloupe import hooks, towers
+    from gemloupe import hooks
+    from gemloupe.media.audio_tower import read_ears
     from gemloupe.media.vision_hooks import vision_points
 
     seen = {} if model.vision is None else vision_points(model.vision.config)
-    heard: dict[str, HookPoint] = {}
-    if towers.has_audio(model.checkpoint):
-        heard = hooks.hook_points(model.audio_tower.config)
+    ears = read_ears(model.checkpoint)
+    heard = {} if ears is None else hooks.hook_points(ears.config)
     return {**seen, **heard, **hooks.hook_points(model.config.text)}
 
 

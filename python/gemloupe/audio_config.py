@@ -55,10 +55,6 @@ class AudioConfig:
             "M": self.text_hidden_size,
         }
 
-    def num_tokens(self, features: int) -> int:
-        """Soft tokens of a sound with this many mel frames (without an encoder: as many)."""
-        return -(-features // 4) if self.has_encoder else features
-
 
 def read_audio_config(config: ModelConfig, feature_size: int) -> AudioConfig | None:
     """The audio part of a checkpoint's config; None where it has none.

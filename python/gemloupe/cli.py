@@ -47,9 +47,9 @@ gemloupe runs the Gemma 4 family on CPUs and lets you see inside. Five things to
 gemloupe COMMAND --help shows the options of a command, with examples. Instead of demo:edge,
 a model may be a folder with a transformers checkpoint, a GGUF file, or a hub id such as
 google/gemma-4-E2B-it; "gemloupe serve" answers OpenAI's and Ollama's clients with it,
-"gemloupe convert" makes it four times smaller and quicker to load,
-"gemloupe bench" measures how fast it is here, and "gemloupe compare" finds where it parts from
-a reference."""
+"gemloupe transcribe" writes speech down, "gemloupe convert" makes it four times smaller and
+quicker to load, "gemloupe bench" measures how fast it is here, and "gemloupe compare" finds where
+it parts from a reference."""
 
 _GENERATE_EXAMPLES = """\
 examples:

@@ -141,7 +141,7 @@ def _read_config(raw: dict[str, Any], where: str) -> tuple[Fields, ModelConfig]:
     if not is_drafter(raw):
         top.refuse(
             "model_type",
-            one_of(MODEL_TYPES),
+            one_of(list(MODEL_TYPES)),
             "A drafter is a checkpoint of its own; its name ends with '-assistant'.",
         )
     text = dict(top.section("text_config").values)

@@ -13,6 +13,7 @@ PAGES = (
     "hooks",
     "semantics",
     "images",
+    "audio",
     "numbers",
     "adapters",
     "errors",

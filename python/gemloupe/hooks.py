@@ -109,6 +109,10 @@ def _hook_points(config: Config) -> dict[str, HookPoint]:
     return points
 
 
+# What a tower has whose features are projected as they are.
+_WITHOUT_ENCODER = ("mel", "soft_tokens")
+
+
 def _tower_points(config: TowerConfig) -> dict[str, HookPoint]:
     first = _core.first_hook_point(config.tower)
     table = list(enumerate(_core.hook_points(config.tower), first))
@@ -119,8 +123,10 @@ def _tower_points(config: TowerConfig) -> dict[str, HookPoint]:
     places += [(row, -1) for row in table[end + 1 :]]
     points: dict[str, HookPoint] = {}
     for (index, (name, _, shape, editable, transformers, lens)), layer in places:
+        if not config.num_hidden_layers and name not in _WITHOUT_ENCODER:
+            continue
         full = f"{config.tower}.layers.{layer}.{name}" if layer >= 0 else f"{config.tower}.{name}"
-        theirs, lens = (text.replace("{i}", str(layer)) for text in (transformers, lens))
+        theirs = transformers.replace("{i}", str(layer))
         points[full] = HookPoint(full, shape, index, layer, editable, theirs, lens)
     return points
 

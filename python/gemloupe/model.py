@@ -641,8 +641,10 @@ class Model:
     def media_reader(self) -> Reader:
         """Reads images, sounds and videos for this model's prompts."""
         readers: dict[str, Callable[..., Content]] = {}
-        if self.vision is not None:
-            readers |= {"image": self.vision.read, "video": self.vision.read_video}
+        # A vision_config that can't be read matters to those who pass images only.
+        if towers.has_vision(self.checkpoint):
+            readers["image"] = lambda *value, **options: self._eyes().read(*value, **options)
+            readers["video"] = lambda *value, **options: self._eyes().read_video(*value, **options)
         if towers.has_audio(self.checkpoint):
             readers["audio"] = lambda value, name: read_audio(self.audio_tower, value, name)
         return Reader(self.config.text.hidden_size, readers)

@@ -166,7 +166,7 @@ def run(
         of_text, of_sound = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
         sounds.append(audio_hooks.AudioRequest(sound_capture, of_sound, check_finite))
         requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
-        towers.append(vision_hooks.parse(model.vision, tower_capture, of_tower, check_finite))
+        towers.append(vision_hooks.parse(model, tower_capture, of_tower, check_finite))
     _check_logits(logits, requests[0])
     cap = softcap_value(softcap)
     runs = []

@@ -14,15 +14,17 @@ if TYPE_CHECKING:
 # The modules whose tensors make a part.
 VISION = ("vision_tower", "vision_embedder", "embed_vision")
 AUDIO = ("audio_tower", "embed_audio")
+# As safetensors and packed files call them.
 ENGINE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ENGINE_DTYPES |= {name: name for name in ENGINE_DTYPES.values()}
 
 # Buffers, which transformers doesn't count as parameters.
 BUFFER_NAMES = ("_min", "_max", ".std_bias", ".std_scale", "layer_scalar")
 
 
 def has_vision(checkpoint: Checkpoint) -> bool:
-    """Whether the files hold what reads images."""
-    return "embed_vision" in checkpoint.towers
+    """Whether the files hold what reads images, and config.json describes it."""
+    return "embed_vision" in checkpoint.towers and bool(checkpoint.config.raw.get("vision_config"))
 
 
 def has_audio(checkpoint: Checkpoint) -> bool:
@@ -38,14 +40,15 @@ def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
     files: dict[int, list[_core.TensorEntry]] = {}
     for name in (name for module in modules for name in checkpoint.towers.get(module, ())):
         stored = checkpoint.tensors[name]
-        if stored.info.dtype not in ENGINE_DTYPES:
+        dtype = ENGINE_DTYPES.get(stored.info.dtype, stored.info.dtype)  # Packed files have ours.
+        if dtype not in ENGINE_DTYPES.values():
             raise ValueError(
                 f"{checkpoint.files[stored.file].name}: {quoted(name)} has the type "
                 f"{stored.info.dtype}; expected F32, BF16 or F16"
             )
         entry = _core.TensorEntry(
             name.removeprefix("model."),
-            ENGINE_DTYPES[stored.info.dtype],
+            dtype,
             list(stored.info.shape),
             stored.info.begin,
             stored.info.end,

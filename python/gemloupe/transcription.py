@@ -112,16 +112,16 @@ def segments(
     """The same, giving each segment as soon as it is written."""
     prompt = _prompt(_named(language, "language"), _named(translate_to, "translate_to"))
     arguments = {"temperature": 0, **generation}
-    tower = model.audio_tower  # Of a model without ears: ValueError before anything is read.
+    ears = model.audio_tower.ears  # Of a model without ears: ValueError before anything is read.
     begin = 0
     for samples in pieces(AudioSource(audio, sampling_rate).blocks()):
         clip = Clip(samples, len(samples) / SAMPLING_RATE, "audio")
         start, begin = begin / SAMPLING_RATE, begin + len(samples)
         times = (start, begin / SAMPLING_RATE)
-        if np.abs(samples).max() < _SILENCE or not tower.num_tokens(clip):
+        if np.abs(samples).max() < _SILENCE or not ears.num_tokens(clip):
             yield Segment(*times, "")
             continue
-        out = model.chat(prompt, audio=[clip], **arguments)
+        out: Any = model.chat(prompt, audio=[clip], **arguments)
         if out.finish_reason == "length":
             warnings.warn(
                 f"the text from {start:.1f} s on reached max_new_tokens and is cut; raise it",
@@ -181,7 +181,7 @@ def pieces(blocks: Iterable[np.ndarray], longest: float = MAX_SECONDS) -> Iterat
 
 
 def quiet_place(samples: np.ndarray, first: int) -> int:
-    """The middle of the quietest 0.3 s from sample `first` on; the last of equals."""
+    """The middle of the quietest 0.3 s from sample `first` on; of a longer pause, its middle."""
     hops = len(samples) // _HOP
     energy = (samples[: hops * _HOP].astype(np.float64).reshape(hops, _HOP) ** 2).sum(axis=1)
     sums = np.concatenate([[0.0], np.cumsum(energy)])
@@ -189,5 +189,6 @@ def quiet_place(samples: np.ndarray, first: int) -> int:
     begin = min(first // _HOP, len(around) - 1)
     # Rounded, so that one cumulated sum of silence is not quieter than another.
     candidates = np.round(around[begin:], 9)
-    last = len(candidates) - 1 - int(np.argmin(candidates[::-1]))
-    return (begin + last + _QUIET_HOPS // 2) * _HOP
+    quietest = np.flatnonzero(candidates == candidates.min())
+    pause = np.split(quietest, np.flatnonzero(np.diff(quietest) > 1) + 1)[-1]
+    return (begin + int(pause[len(pause) // 2]) + _QUIET_HOPS // 2) * _HOP

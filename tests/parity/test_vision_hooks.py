@@ -161,6 +161,11 @@ def test_what_can_not_be_seen_is_said(loaded: tuple[Any, gl.Model], tiny: Callab
     kept = model.run("<|image|>", images=picture, max_soft_tokens=70, keep=True)
     with pytest.raises(ValueError, match="a repeated run encodes no image"):
         model.run(kept, edit={"vision.soft_tokens": gl.edits.zero()})
+    broken = gl.load(tiny("e2b", towers="tiny", media_ids=True)[1])
+    broken.config.raw["vision_config"]["head_dim"] = 7
+    assert broken.run([2, 5]).logits is not None
+    with pytest.raises(ValueError, match="vision_config.head_dim is 7; expected a mul"):
+        broken.encode_image(picture)
     blind = gl.load(tiny("e2b")[1])
     with pytest.raises(KeyError, match="this checkpoint has no vision part"):
         blind.run([2, 5], capture="vision.soft_tokens")

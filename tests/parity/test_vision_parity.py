@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,48 @@ def test_soft_tokens_stand_for_their_image_in_other_prompts(loaded: tuple[Any, g
         reused = model.run(text, images=tokens)
         assert np.array_equal(given.logits, reused.logits)
         assert reused.media[0].content.source.soft_tokens == len(tokens)
+
+
+def test_converted_checkpoints_see_the_same(tiny: Callable, tmp_path: Path) -> None:
+    folder = tiny("e2b", towers="tiny", media_ids=True, dtype="bfloat16")[1]
+    save_tiny_tokenizer(folder)
+    packed = gl.load(gl.convert(folder, tmp_path / "packed", "int8"))
+    model = gl.load(folder, dtype="int8")
+    picture = _picture(40, 30)
+    assert np.array_equal(packed.encode_image(picture, 70), model.encode_image(picture, 70))
+    runs = [m.run("<|image|>?", images=picture, max_soft_tokens=70) for m in (packed, model)]
+    assert np.array_equal(runs[0].logits, runs[1].logits)
+
+
+def test_budgets_are_of_a_call_an_image_a_row_or_a_part(tiny: Callable) -> None:
+    folder = tiny("12b", towers="tiny", media_ids=True, vision={"mm_posemb_size": 64})[1]
+    save_tiny_tokenizer(folder)
+    model = gl.load(folder, dtype="float32")
+    picture = _picture(40, 30)
+    expected = {budget: len(model.encode_image(picture, budget)) for budget in BUDGETS}
+
+    def lengths(prompt: Any) -> list[int]:
+        return [len(medium.positions) for medium in prompt.media]
+
+    two = model.prepare("<|image|><|image|>", images=[picture] * 2, max_soft_tokens=[140, 560])
+    assert lengths(two) == [expected[140], expected[560]]
+    sweep = model.run(
+        ["<|image|>"] * len(BUDGETS), images=[picture] * len(BUDGETS), max_soft_tokens=list(BUDGETS)
+    )
+    assert [lengths(run) for run in sweep] == [[expected[budget]] for budget in BUDGETS]
+    parts = [
+        {"type": "image", "image": picture, "max_soft_tokens": 1120},
+        {"type": "image"},
+        {"type": "text", "text": "?"},
+    ]
+    chat = model.prepare([{"role": "user", "content": parts}], images=picture, max_soft_tokens=70)
+    assert lengths(chat) == [expected[1120], expected[70]]
+    out = model.chat("what?", images=picture, max_soft_tokens=70, max_new_tokens=1)
+    assert lengths(out.prompt) == [expected[70]] and "what?" in out.prompt.text
+    with pytest.raises(ValueError, match="max_soft_tokens has 3 entries for 1 images"):
+        model.prepare("<|image|>", images=picture, max_soft_tokens=[70, 70, 70])
+    with pytest.raises(ValueError, match="max_soft_tokens is 100; expected one of"):
+        model.prepare("<|image|>", images=picture, max_soft_tokens=100)
 
 
 def test_runs_with_images_travel_between_processes(loaded: tuple[Any, gl.Model]) -> None:

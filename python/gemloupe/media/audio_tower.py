@@ -29,15 +29,16 @@ from gemloupe.positions import Span
 
 MAX_SECONDS = 30.0
 """Of sound that encoders read; what is beyond is cut, as transformers does it."""
+FRAMES_PER_TOKEN = 4
+"""Mel frames that the encoder's convolutions make one soft token of."""
 
 
-class AudioTower:
-    """The audio encoder of a checkpoint, or the projection of samples that 12B has instead."""
+@dataclass(frozen=True)
+class Ears:
+    """What a model hears: how sounds become features, and how many soft tokens these are."""
 
-    def __init__(self, core: _core.AudioTower, config: AudioConfig, mel: MelOptions) -> None:
-        self.core = core
-        self.config = config
-        self.mel = mel
+    config: AudioConfig
+    mel: MelOptions
 
     @property
     def max_seconds(self) -> float | None:
@@ -59,7 +60,7 @@ class AudioTower:
     def num_tokens(self, clip: Clip) -> int:
         """Soft tokens of a clip: 25 a second."""
         if self.config.has_encoder:
-            return self.config.num_tokens(self.mel.num_frames(len(clip)))
+            return -(-self.mel.num_frames(len(clip)) // FRAMES_PER_TOKEN)
         return -(-len(clip) // self.config.feature_size)
 
     def features(self, clip: Clip) -> np.ndarray:
@@ -68,6 +69,18 @@ class AudioTower:
             return log_mel(clip.samples, self.mel)
         width = self.config.feature_size
         return np.pad(clip.samples, (0, -len(clip) % width)).reshape(-1, width)
+
+
+class AudioTower:
+    """The audio encoder of a checkpoint, or the projection of samples that 12B has instead."""
+
+    def __init__(self, core: _core.AudioTower, ears: Ears) -> None:
+        self.core = core
+        self.ears = ears
+
+    @property
+    def config(self) -> AudioConfig:
+        return self.ears.config
 
     def encode(
         self,
@@ -78,14 +91,14 @@ class AudioTower:
         check_finite: bool = False,
     ) -> Encoding:
         """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`."""
-        features = self.features(clip)
+        features = self.ears.features(clip)
         request = capturing.parse(
             capturing.Options(capture, False, check_finite), edit, self.config
         )
         if not request:
             tokens = self.core.encode(features, _core.AudioState(), True)
             return Encoding(tokens, capturing.Captured({}, {}, self.config))
-        span = Span(_Rows(self.num_tokens(clip)), 0)
+        span = Span(_Rows(self.ears.num_tokens(clip)), 0)
         capturing.check_memory(request, self.config, span, 0, len(span.prompt))
         bound = capturing.BoundHooks(request, self.config, span, 0)
         bound.core.expected_rows = len(features)
@@ -108,27 +121,31 @@ class Sound:
     """What the soft tokens of a sound were made of: `content.source`."""
 
     clip: Clip
-    tower: AudioTower
+    ears: Ears
     captured: capturing.Captured
     """What `encode_audio(capture=…)` was asked for."""
 
     @functools.cached_property
     def features(self) -> np.ndarray:
         """float32 [F, B]: log-mel frames every 10 ms; of 12B, the samples [n, 640]."""
-        return self.tower.features(self.clip)
+        return self.ears.features(self.clip)
 
     @functools.cached_property
     def frames(self) -> np.ndarray:
         """int64 [n, 2]: the first and the last frame of `features` that each token stands for."""
-        width = 4 if self.tower.config.has_encoder else 1
-        first = np.arange(self.tower.num_tokens(self.clip)) * width
+        width = FRAMES_PER_TOKEN if self.ears.config.has_encoder else 1
+        first = np.arange(self.ears.num_tokens(self.clip)) * width
         return np.stack([first, np.minimum(first + width, len(self.features)) - 1], axis=1)
 
     @functools.cached_property
     def times(self) -> np.ndarray:
         """float64 [n, 2]: seconds from and to which each token stands, 40 ms."""
-        first = np.arange(self.tower.num_tokens(self.clip)) * 0.04
-        return np.stack([first, first + 0.04], axis=1)
+        if self.ears.config.has_encoder:
+            token = FRAMES_PER_TOKEN * self.ears.mel.hop_length / SAMPLING_RATE
+        else:
+            token = self.ears.config.feature_size / SAMPLING_RATE
+        first = np.arange(self.ears.num_tokens(self.clip)) * token
+        return np.stack([first, first + token], axis=1)
 
 
 def encode_audio(
@@ -141,10 +158,10 @@ def encode_audio(
     check_finite: bool = False,
 ) -> SoftTokens:
     """Returns a sound's soft tokens [n, D]; see `Model.encode_audio`."""
-    clip = tower.read(source, sampling_rate)
+    clip = tower.ears.read(source, sampling_rate)
     encoding = tower.encode(clip, capture=capture, edit=edit, check_finite=check_finite)
     rows = encoding.soft_tokens
-    sound = Sound(clip, tower, encoding.captured)
+    sound = Sound(clip, tower.ears, encoding.captured)
     return SoftTokens.of(rows, Content("audio", (len(rows),), lambda: rows, source=sound))
 
 
@@ -158,15 +175,15 @@ def read_audio(tower: AudioTower, value: Any, name: str) -> Content:
     if isinstance(value, tuple) and len(value) == 2:
         value, rate = value
     try:
-        clip = tower.read(value, rate)
+        clip = tower.ears.read(value, rate)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{name}: {error}") from None
     nothing = capturing.Captured({}, {}, tower.config)
     return Content(
         "audio",
-        (tower.num_tokens(clip),),
+        (tower.ears.num_tokens(clip),),
         lambda: tower.encode(clip).soft_tokens,
-        source=Sound(clip, tower, nothing),
+        source=Sound(clip, tower.ears, nothing),
     )
 
 
@@ -187,29 +204,35 @@ class _Rows:
         )
 
 
+def read_ears(checkpoint: Checkpoint) -> Ears | None:
+    """What a checkpoint hears; None where it has no audio part. ValueError for a wrong config."""
+    if not towers.has_audio(checkpoint):
+        return None
+    mel = read_options(checkpoint.folder) if checkpoint.folder.is_dir() else MelOptions()
+    config = read_audio_config(checkpoint.config, mel.feature_size)
+    return None if config is None else Ears(config, mel)
+
+
 def open_tower(checkpoint: Checkpoint, options: _core.AudioTowerOptions) -> AudioTower:
     """Loads the audio part of a checkpoint, its weights as they are stored.
 
     ValueError where it has none, or where a tensor is missing or wrong.
     """
-    mel = read_options(checkpoint.folder) if checkpoint.folder.is_dir() else MelOptions()
-    config = read_audio_config(checkpoint.config, mel.feature_size)
-    if config is None or not towers.has_audio(checkpoint):
+    ears = read_ears(checkpoint)
+    if ears is None:
         raise ValueError(
             f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B "
             "checkpoint: load the folder or hub id of the whole model"
         )
-    return make_tower(config, towers.weights(checkpoint, towers.AUDIO), options, mel)
+    return make_tower(ears, towers.weights(checkpoint, towers.AUDIO), options)
 
 
-def make_tower(
-    config: AudioConfig, weights: _core.Weights, options: _core.AudioTowerOptions, mel: MelOptions
-) -> AudioTower:
+def make_tower(ears: Ears, weights: _core.Weights, options: _core.AudioTowerOptions) -> AudioTower:
     """Builds a tower on weights under their names in a checkpoint, without "model."."""
-    core_config = _core.AudioConfig()
-    for field in dataclasses.fields(config):
-        setattr(core_config, field.name, getattr(config, field.name))
-    return AudioTower(_core.AudioTower(core_config, weights, options), config, mel)
+    config = _core.AudioConfig()
+    for field in dataclasses.fields(ears.config):
+        setattr(config, field.name, getattr(ears.config, field.name))
+    return AudioTower(_core.AudioTower(config, weights, options), ears)
 
 
 class AudioStream:
@@ -224,7 +247,7 @@ class AudioStream:
         self._tower = tower
         self._rate = SAMPLING_RATE if sampling_rate is None else checked_rate(sampling_rate)
         self._resampler = None if self._rate == SAMPLING_RATE else Resampler(self._rate)
-        self._mel = MelStream(tower.mel)
+        self._mel = MelStream(tower.ears.mel)
         self._held = np.zeros(0, np.float32)  # Samples of a token that is not whole yet (12B).
         self._pushed = 0
         self._state = _core.AudioState()
@@ -250,7 +273,7 @@ class AudioStream:
         check_finite(block, "audio", self._pushed)
         if self._state.ended:
             raise ValueError("this stream has ended; begin another with model.audio_stream()")
-        most = self._tower.max_seconds
+        most = self._tower.ears.max_seconds
         if most is not None and self._pushed + len(block) > most * self._rate:
             raise ValueError(
                 f"the stream would have {(self._pushed + len(block)) / self._rate:.2f} s of sound; "

@@ -107,6 +107,10 @@ def _listed(kind: str, value: Any) -> list[Any]:
             return [value]
         if kind == "audio" and value and all(isinstance(v, (int, float)) for v in value[:16]):
             return [np.asarray(value)]
+        # (samples, sampling rate)
+        is_pair = isinstance(value, tuple) and len(value) == 2
+        if kind == "audio" and is_pair and isinstance(value[1], (int, np.integer)):
+            return [value]
         return list(value)
     return [value]
 
@@ -143,6 +147,8 @@ def _own_content(part: Mapping[str, Any]) -> Any:
     for key in (part["type"], *_SOURCE_KEYS):
         value = part.get(key)
         if isinstance(value, Mapping):  # As in OpenAI's API: {"image_url": {"url": …}}.
+            if isinstance(value.get("data"), str) and isinstance(value.get("format"), str):
+                return f"data:audio/{value['format']};base64,{value['data']}"
             value = next((value[k] for k in _SOURCE_KEYS if value.get(k) is not None), None)
         if value is not None:
             return value

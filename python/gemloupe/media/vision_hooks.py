@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from gemloupe.media.vision import Vision
 from gemloupe.positions import Span, resolve
 from gemloupe.prompt import Prompt
 from gemloupe.vision_config import VisionConfig
+
+if TYPE_CHECKING:
+    from gemloupe.model import Model
 
 PREFIX = "vision."
 _CELLS = ("vision.pooled", "vision.standardized", "vision.soft_tokens")
@@ -80,7 +83,9 @@ def split_capture(capture: Any, prefix: str = PREFIX) -> tuple[Any, dict[str, An
     if isinstance(capture, Mapping):
         seen = {name: how for name, how in capture.items() if _begins(name, prefix)}
         return {name: how for name, how in capture.items() if name not in seen}, seen
-    names = list(capture or ())
+    if not isinstance(capture, Iterable):
+        return capture, {}
+    names = list(capture)
     return [n for n in names if not _begins(n, prefix)], {
         n: None for n in names if _begins(n, prefix)
     }
@@ -114,7 +119,7 @@ class VisionRequest:
 
 
 def parse(
-    vision: Vision | None,
+    model: Model,
     capture: Mapping[str, Any],
     edit: Sequence[tuple[str, Any]],
     check_finite: bool,
@@ -122,6 +127,7 @@ def parse(
     """Returns the request; KeyError with close matches for a pattern that matches nothing."""
     if not capture and not edit:
         return VisionRequest((), (), check_finite)
+    vision = model.vision
     if vision is None:
         name = next(iter(capture), edit[0][0] if edit else "")
         raise KeyError(f"{quoted(name)} matches no hook point: this checkpoint has no vision part")

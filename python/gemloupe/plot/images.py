@@ -45,13 +45,16 @@ def image_attention(
     ax = new_axes(ax, _size(picture.width, picture.height))
     extent = (0, picture.width, picture.height, 0)
     ax.imshow(_gray(picture.pixels), extent=extent, cmap="gray", vmin=0, vmax=255)
-    most = float(weights.max()) or 1.0
+    grid = weights.reshape(picture.grid)
+    most = float(grid.max()) or 1.0
+    # What is not attended to shows the picture, what is attended to most covers it.
     shown = ax.imshow(
-        weights.reshape(picture.grid), extent=extent, cmap="inferno", vmin=0, vmax=most, alpha=0.65
+        grid, extent=extent, cmap="plasma", vmin=0, vmax=most, alpha=0.05 + 0.85 * grid / most
     )
     _bare(ax)
     reader = token_labels([run.prompt.tokens[token]])[0]
-    title = f"layer {layer}, head {head % len(pattern)}: {weights.sum():.0%} of {reader} on picture"
+    place = f"layer {layer}, head {head % len(pattern)}"
+    title = f"{place}: \u201c{reader}\u201d gives this picture {weights.sum():.0%}"
     ax.set_title(title, color=INK, fontsize=9)
     colour_bar(shown, ax, "attention")
     return ax
@@ -100,7 +103,8 @@ def _pictures(run: Run) -> list[tuple[Image | None, np.ndarray]]:
 
 
 def _gray(pixels: np.ndarray) -> np.ndarray:
-    return pixels @ np.array([0.299, 0.587, 0.114])
+    """Brightness (ITU-R 601), lifted so that dark parts stay visible under colours."""
+    return 64 + 0.75 * (pixels @ np.array([0.299, 0.587, 0.114]))
 
 
 def _size(width: int, height: int) -> tuple[float, float]:

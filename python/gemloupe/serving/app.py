@@ -39,8 +39,6 @@ def make_app(service: Service, drain: float = 30.0) -> Any:
         if isinstance(error, HTTPException):
             error = ApiError(error.status_code, f"{error.detail}: there is no such route here")
         known = service.failure(error)
-        if known.status == 500:
-            _log.error("a request failed", exc_info=error)
         return JSONResponse(known.body_for(request.url.path), known.status, headers=known.headers)
 
     for kind in (ApiError, HTTPException, ValueError, TypeError, KeyError, MemoryError,

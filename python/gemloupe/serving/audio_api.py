@@ -14,6 +14,7 @@ from gemloupe.errors import quoted
 from gemloupe.media.audio import AudioSource
 from gemloupe.serving.failure import ApiError
 from gemloupe.serving.fields import Fields
+from gemloupe.serving.registry import Found
 from gemloupe.serving.service import Service, warning_headers
 from gemloupe.transcription import Segment, segments
 
@@ -52,9 +53,7 @@ def routes(service: Service) -> APIRouter:
         service.passes_waiting += 1
         try:
             async with service.pass_gate:
-                parts = await run_in_threadpool(
-                    _transcribed, service, found.served.model, data, language
-                )
+                parts = await run_in_threadpool(_transcribed, service, found, data, language)
         finally:
             service.passes_waiting -= 1
         text = " ".join(part.text for part in parts if part.text)
@@ -114,10 +113,14 @@ class _closing:
         await self._form.close()
 
 
-def _transcribed(service: Service, model: Any, data: bytes, language: str | None) -> list[Segment]:
+def _transcribed(
+    service: Service, found: Found, data: bytes, language: str | None
+) -> list[Segment]:
+    model = found.served.model
     _ = model.audio_tower  # Of a model without ears: ValueError.
     most = service.limits.max_transcribed
     seconds = AudioSource(data).seconds
     if seconds > most:
         raise ApiError(400, f"the sound is {seconds:.0f} s long; expected at most {most:g} s")
-    return list(segments(model, data, language, adapter={}, max_new_tokens=512))
+    adapter = {} if found.adapter is None else found.adapter
+    return list(segments(model, data, language, adapter=adapter, max_new_tokens=512))

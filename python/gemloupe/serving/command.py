@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import Any
 
 from gemloupe.errors import missing_extra, quoted
 from gemloupe.serving.limits import Access, Limits
+
+_SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ def serve(source: str, options: Options) -> None:
     service = make_service(source, options)
     from gemloupe.serving.app import make_app
 
+    # The engine's thread waits this long for the one that writes answers, at every step.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     logging.getLogger("gemloupe.serve").setLevel(logging.INFO)
     config = config_class(
         make_app(service, options.drain),

@@ -60,6 +60,9 @@ class Guard:
             await self._app(scope, receive, counted)
         except ApiError as error:
             await _refuse(error, scope["path"], counted)
+        except Exception:
+            # The client has its 500 already, and may go on with the same connection.
+            _log.exception("a request failed")
         finally:
             self._busy -= counts
             route = getattr(scope.get("route"), "path", "other")

@@ -13,6 +13,8 @@ from gemloupe.errors import one_of, quoted
 from gemloupe.serving.failure import ApiError
 
 _MAX_MESSAGES = 10_000
+# OpenAI's `detail` of an image -> soft tokens; otherwise the model's usual number.
+_DETAILS = {"low": 70, "high": 1120}
 
 
 def read_messages(messages: Any, *, max_images: int, max_sounds: int = 0) -> list[dict[str, Any]]:
@@ -86,7 +88,12 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     if kind in ("image_url", "input_image"):
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, dict) else url
-        return {"type": "image", "image": _image(url, where)}
+        read: dict[str, Any] = {"type": "image", "image": _image(url, where)}
+        inner = part.get("image_url")
+        detail = part.get("detail") or (inner.get("detail") if isinstance(inner, dict) else None)
+        if isinstance(detail, str) and detail in _DETAILS:
+            read["max_soft_tokens"] = _DETAILS[detail]
+        return read
     if kind == "input_audio" and isinstance(part.get("input_audio"), dict):
         return {"type": "audio", "audio": _bytes(part["input_audio"].get("data"), where)}
     if kind in ("input_audio", "audio", "audio_url", "video", "video_url", "file"):

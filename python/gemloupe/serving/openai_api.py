@@ -164,9 +164,10 @@ def _load_adapter(service: Service, served: Served, name: str, path: str, scale:
     root = root.resolve()
     try:
         folder = (root / path).resolve()
+        inside = root in folder.parents and folder.is_dir()
     except (OSError, ValueError):
-        folder = root
-    if folder == root or root not in folder.parents or not folder.is_dir():
+        inside = False
+    if not inside:
         raise ApiError(403, f"lora_path is {quoted(path)}; expected a folder in --adapter-dir")
     try:
         served.model.load_adapter(str(folder), name=name, scale=scale)

@@ -153,8 +153,10 @@ class Service:
 
     async def events(self, request: Request, job: Job) -> AsyncIterator[tuple[int, Piece | Ended]]:
         """What happens to the rows; a client that goes away cancels them."""
-        async with _watched(request, job):
+        async with _watched(request, job) as gone:
             async for index, event in job.events():
+                if gone.is_set():
+                    return
                 if isinstance(event, Ended):
                     self.metrics.first_token(event.output.timings.time_to_first_token)
                 yield index, event
@@ -186,15 +188,19 @@ def _check_adapter(served: Served, adapter: Any) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _watched(request: Request, job: Job) -> AsyncIterator[None]:
+async def _watched(request: Request, job: Job) -> AsyncIterator[asyncio.Event]:
+    """Cancels the job when the client goes away, which the event then says."""
+    gone = asyncio.Event()
+
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        gone.set()
         job.cancel()
 
     task = asyncio.create_task(watch())
     try:
-        yield
+        yield gone
     finally:
         task.cancel()
         job.cancel()
