@@ -100,7 +100,7 @@ def test_use_under_another_adapter_warns(tiny: Callable, recwarn: pytest.Warning
     model = load(tiny, "e2b")
     cache = model.new_cache()
     cache.note_adapter("poet")
-    model.run(random_ids(5), cache=cache)
+    cache.core.append_random(random_ids(5), 1)
     cache.note_adapter("poet")
     base = filled(model, 5)
     base.note_adapter()

@@ -139,7 +139,11 @@ StatusOr<std::vector<StepResult>> Session::Step(const std::function<bool()>& sto
       decoding.push_back(i);
     }
   }
-  if (prefilling >= 0 && (decoding.empty() || !decode_next_)) {
+  // Who decodes waits for the prompts that came with it, and then for one chunk at a time.
+  const bool waits = std::any_of(decoding.begin(), decoding.end(), [&](int row) {
+    return rows_[static_cast<size_t>(row)]->ready <= first;
+  });
+  if (prefilling >= 0 && !(waits && decode_next_)) {
     decode_next_ = true;
     return Prefill(prefilling, stopped);
   }
@@ -192,6 +196,7 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
     }
   }
   row.prefilled = end;
+  row.ready = submitted_;
   StepResult result;
   if (end == prompt) {
     float* last = logits_.data() + static_cast<int64_t>(logits_.size()) - vocab;

@@ -92,6 +92,7 @@ class Session {
     Sampler sampler;
     std::shared_ptr<KvCache> before;  // a fork of the cache as it was submitted
     int64_t order = 0;                // prompts are read in this order
+    int64_t ready = 0;                // rows submitted before its prompt had been read
     int64_t prefilled = 0;
     int64_t generated = 0;
     int32_t last_token = -1;  // chosen, not yet in the cache

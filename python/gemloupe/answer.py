@@ -295,7 +295,8 @@ class _CallText:
         """Whether a closing mark occurs, inside a string."""
 
     def feed(self, text: str) -> None:
-        self.events.append((False, text))
+        if text:
+            self.events.append((False, text))
 
     def mark(self, mark: str) -> None:
         self.events.append((True, mark))
