@@ -448,41 +448,43 @@ ExpertDeltas::ExpertDeltas(AdaptedModule module, ConstMatrix x, const Slots& slo
                            const PassContext& ctx)
     : experts_(slots.experts) {
   if (ctx.adapters == nullptr) return;
-  const std::vector<const AdapterMix*> mixes = MixOfRows(ctx);
+  const std::vector<const AdapterMix*> of_rows = MixOfRows(ctx);
+  for (const int64_t row : slots.rows) mixes_.push_back(of_rows[static_cast<size_t>(row)]);
   const auto count = static_cast<int64_t>(slots.rows.size());
   for (const Adapter* adapter : DistinctAdapters(ctx)) {
     const LoraDelta* delta = adapter->Find(module, ctx.layer);
     if (delta == nullptr) continue;
-    Side side = {delta, ctx.arena->NewMatrix(count, delta->a.shape[1]), {}};
-    side.weights.resize(slots.rows.size(), 0.0f);
-    for (size_t i = 0; i < slots.rows.size(); ++i) {
-      for (const WeightedAdapter& one : *mixes[static_cast<size_t>(slots.rows[i])]) {
-        if (one.adapter.get() == adapter) side.weights[i] += one.weight;
-      }
-    }
+    const Side side = {adapter, delta, ctx.arena->NewMatrix(count, delta->a.shape[1])};
     ForRows(count, static_cast<int64_t>(MatrixBytes(delta->a.dtype, side.low.cols, x.cols)),
             [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) {
                 const auto slot = static_cast<size_t>(i);
-                if (side.weights[slot] == 0.0f) continue;
+                const AdapterMix& mix = *mixes_[slot];
+                const bool has = std::any_of(mix.begin(), mix.end(), [&](const auto& one) {
+                  return one.adapter.get() == adapter;
+                });
+                if (!has) continue;
                 Multiply(delta->a.Slice(slots.experts[slot]), 0, x.row(slots.sources[slot]),
                          side.low.cols, side.low.row(i));
               }
             });
-    sides_.push_back(std::move(side));
+    sides_.push_back(side);
   }
 }
 
+// In the order of each row's mix, whatever its neighbours have: sums keep their bits.
 void ExpertDeltas::Add(int64_t first, int64_t begin, int64_t end, Matrix dst) const {
   std::vector<float> change(static_cast<size_t>(end - begin));
-  for (const Side& side : sides_) {
-    for (int64_t i = 0; i < dst.rows; ++i) {
-      const auto slot = static_cast<size_t>(first + i);
-      if (side.weights[slot] == 0.0f) continue;
-      Multiply(side.delta->b.Slice(experts_[slot]), begin, side.low.row(first + i), end - begin,
-               change.data());
-      Kernels().add_scaled(dst.row(i), change.data(), side.weights[slot] * side.delta->scale,
-                           end - begin);
+  for (int64_t i = 0; i < dst.rows; ++i) {
+    const auto slot = static_cast<size_t>(first + i);
+    for (const WeightedAdapter& one : *mixes_[slot]) {
+      for (const Side& side : sides_) {
+        if (side.adapter != one.adapter.get()) continue;
+        Multiply(side.delta->b.Slice(experts_[slot]), begin, side.low.row(first + i), end - begin,
+                 change.data());
+        Kernels().add_scaled(dst.row(i), change.data(), one.weight * side.delta->scale,
+                             end - begin);
+      }
     }
   }
 }

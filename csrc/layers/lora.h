@@ -162,11 +162,12 @@ class ExpertDeltas {
 
  private:
   struct Side {
+    const Adapter* adapter;
     const LoraDelta* delta;
-    Matrix low;                  // [slots, r]
-    std::vector<float> weights;  // [slots], 0 where the slot's row has not this adapter
+    Matrix low;  // [slots, r], of slots whose row has the adapter
   };
   std::vector<Side> sides_;
+  std::vector<const AdapterMix*> mixes_;  // [slots]
   std::span<const int32_t> experts_;
 };
 
