@@ -228,15 +228,8 @@ void AdaptRow(const LoraDelta& delta, int32_t id, int64_t column, float factor, 
               float* low, float* change, Matrix row) {
   const int64_t cols = row.cols;
   float* dst = row.data;
-  if (delta.rows.data != nullptr || delta.replacement.data != nullptr) {
-    int64_t at = id;
-    if (delta.rows.data != nullptr) {
-      const auto found = std::lower_bound(delta.ids.begin(), delta.ids.end(), id);
-      if (found == delta.ids.end() || *found != id) return;
-      at = found - delta.ids.begin();
-    }
-    ReadRowPart(delta.rows.data != nullptr ? delta.rows : delta.replacement, at, column, cols,
-                change);
+  if (delta.replaces_rows()) {
+    if (!delta.ReadNewRow(id, column, cols, change)) return;
     Kernels().scale(change, change, factor, cols);
     if (weight == 1.0f) {
       std::copy_n(change, cols, dst);
@@ -272,6 +265,17 @@ StatusOr<AdaptedModule> ParseAdaptedModule(std::string_view name) {
   if (it != kNames.end()) return static_cast<AdaptedModule>(it - kNames.begin());
   return absl::InvalidArgumentError(
       absl::StrCat("'", std::string(name), "' is no module that adapters change"));
+}
+
+bool LoraDelta::ReadNewRow(int64_t id, int64_t column, int64_t count, float* dst) const {
+  if (rows.data == nullptr) {
+    ReadRowPart(replacement, id, column, count, dst);
+    return true;
+  }
+  const auto found = std::lower_bound(ids.begin(), ids.end(), id);
+  if (found == ids.end() || *found != id) return false;
+  ReadRowPart(rows, found - ids.begin(), column, count, dst);
+  return true;
 }
 
 Status Adapter::Add(AdaptedModule module, int layer, LoraDelta delta) {

@@ -72,6 +72,11 @@ struct LoraDelta {
   // Or, of embeddings and the head, new rows in place of those of some tokens:
   std::vector<int32_t> ids;  // ascending
   TensorView rows;           // [ids, cols]
+
+  // Whether it gives rows that stand in place of W's, not A and B.
+  bool replaces_rows() const { return rows.data != nullptr || replacement.data != nullptr; }
+  // Reads columns [column, column + count) of the row in place of W's row `id`; false where that stays.
+  bool ReadNewRow(int64_t id, int64_t column, int64_t count, float* dst) const;
 };
 
 // A set of changes of a model's weights, kept apart from them. Filled by one thread, then only read,

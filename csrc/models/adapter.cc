@@ -21,6 +21,16 @@ bool IsEmbedding(AdaptedModule module) {
   return module == AdaptedModule::kEmbedTokens || module == AdaptedModule::kEmbedTokensPerLayer;
 }
 
+// What A reads and B makes. An embedding is stored [V, cols]: A picks by token, B makes the columns.
+struct Sizes {
+  int64_t outputs;
+  int64_t inputs;
+};
+Sizes MatrixSizes(AdaptedModule module, const std::vector<int64_t>& shape) {
+  if (IsEmbedding(module)) return {shape.back(), shape.front()};
+  return {shape[shape.size() - 2], shape.back()};
+}
+
 const char* LayerTensor(AdaptedModule module) {
   switch (module) {
     case AdaptedModule::kQProj: return names::kQProj;
@@ -125,8 +135,7 @@ Status AdapterBuilder::AddLowRank(AdaptedModule module, int layer, const LowRank
                                   Adapter& adapter) const {
   GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape, AdaptedModuleShape(config_, module, layer));
   const int64_t rank = values.b.shape.empty() ? 0 : values.b.shape.back();
-  const int64_t outputs = IsEmbedding(module) ? shape.back() : shape[shape.size() - 2];
-  const int64_t inputs = IsEmbedding(module) ? shape.front() : shape.back();
+  const auto [outputs, inputs] = MatrixSizes(module, shape);
   std::vector<int64_t> a_shape = {rank, inputs};
   std::vector<int64_t> b_shape = {outputs, rank};
   if (IsOfExperts(module)) {
@@ -197,8 +206,7 @@ Status CheckAdapter(const TextConfig& config, const Adapter& adapter) {
     GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape,
                         AdaptedModuleShape(config, module, layer));
     if (delta.b.data != nullptr) {
-      const int64_t outputs = IsEmbedding(module) ? shape.back() : shape[shape.size() - 2];
-      const int64_t inputs = IsEmbedding(module) ? shape.front() : shape.back();
+      const auto [outputs, inputs] = MatrixSizes(module, shape);
       const int64_t b_outputs = delta.b.shape[delta.b.shape.size() - 2];
       if (b_outputs != outputs || delta.a.shape.back() != inputs ||
           (IsOfExperts(module) && delta.b.shape[0] != shape[0])) {

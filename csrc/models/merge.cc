@@ -64,48 +64,41 @@ void MergeRows(const MatrixMerge& merge, const std::vector<std::vector<float>>& 
   const int64_t cols = merge.weight.shape[1];
   rows.resize(static_cast<size_t>((end - begin) * cols));
   ReadRows(merge.weight, begin, end, rows.data());
-  ForRows(
-      end - begin, cols * 64 * static_cast<int64_t>(sizeof(float)),
-      [&](int64_t first, int64_t last) {
-        std::vector<float> low;
-        std::vector<float> own(static_cast<size_t>(cols));
-        std::vector<float> change(static_cast<size_t>(cols));
-        for (int64_t i = first; i < last; ++i) {
-          float* row = rows.data() + i * cols;
-          std::copy_n(row, cols, own.data());
-          for (size_t at = 0; at < merge.deltas.size(); ++at) {
-            const auto& [delta, weight] = merge.deltas[at];
-            if (delta->replacement.data != nullptr || delta->rows.data != nullptr) {
-              int64_t source = begin + i;
-              if (delta->rows.data != nullptr) {
-                const auto found = std::lower_bound(delta->ids.begin(), delta->ids.end(), source);
-                if (found == delta->ids.end() || *found != source) continue;
-                source = found - delta->ids.begin();
+  ForRows(end - begin, cols * 64 * static_cast<int64_t>(sizeof(float)),
+          [&](int64_t first, int64_t last) {
+            std::vector<float> low;
+            std::vector<float> own(static_cast<size_t>(cols));
+            std::vector<float> change(static_cast<size_t>(cols));
+            for (int64_t i = first; i < last; ++i) {
+              float* row = rows.data() + i * cols;
+              std::copy_n(row, cols, own.data());
+              for (size_t at = 0; at < merge.deltas.size(); ++at) {
+                const auto& [delta, weight] = merge.deltas[at];
+                if (delta->replaces_rows()) {
+                  if (!delta->ReadNewRow(begin + i, 0, cols, change.data())) continue;
+                  if (weight == 1.0f && merge.deltas.size() == 1) {
+                    std::copy_n(change.data(), cols, row);
+                    continue;
+                  }
+                  for (int64_t col = 0; col < cols; ++col) {
+                    row[col] +=
+                        weight * (change[static_cast<size_t>(col)] - own[static_cast<size_t>(col)]);
+                  }
+                  continue;
+                }
+                LowRankRow(*delta, merge, begin + i, widened[at], low, change.data());
+                const float scale = delta->scale / merge.factor;
+                for (int64_t col = 0; col < cols; ++col) {
+                  const auto c = static_cast<size_t>(col);
+                  const float gain = delta->gain.empty() ? 1.0f
+                                     : merge.embedding
+                                         ? delta->gain[c]
+                                         : delta->gain[static_cast<size_t>(begin + i)];
+                  row[col] += weight * ((gain - 1.0f) * own[c] + gain * scale * change[c]);
+                }
               }
-              ReadRowPart(delta->rows.data != nullptr ? delta->rows : delta->replacement, source, 0,
-                          cols, change.data());
-              if (weight == 1.0f && merge.deltas.size() == 1) {
-                std::copy_n(change.data(), cols, row);
-                continue;
-              }
-              for (int64_t col = 0; col < cols; ++col) {
-                row[col] +=
-                    weight * (change[static_cast<size_t>(col)] - own[static_cast<size_t>(col)]);
-              }
-              continue;
             }
-            LowRankRow(*delta, merge, begin + i, widened[at], low, change.data());
-            const float scale = delta->scale / merge.factor;
-            for (int64_t col = 0; col < cols; ++col) {
-              const auto c = static_cast<size_t>(col);
-              const float gain = delta->gain.empty() ? 1.0f
-                                 : merge.embedding   ? delta->gain[c]
-                                                     : delta->gain[static_cast<size_t>(begin + i)];
-              row[col] += weight * ((gain - 1.0f) * own[c] + gain * scale * change[c]);
-            }
-          }
-        }
-      });
+          });
 }
 
 }  // namespace

@@ -242,7 +242,6 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
   PassRequest pass;
   pass.row_exact = true;
   pass.keep_length = true;
-  pass.final_norm = &final_norm_;
   pass.stopped = stopped;
   std::vector<std::vector<int32_t>> read;  // by each row: its last token, then its guesses
   for (size_t i = 0; i < indices.size(); ++i) {
@@ -256,6 +255,7 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
                       static_cast<int64_t>(read.back().size()));
     pass.hooks.push_back(row.request.hooks.get());
     pass.adapters.push_back(row.request.adapters);
+    if (row.request.drafter != nullptr) pass.final_norm = &final_norm_;
   }
   pass.softcap = rows_[static_cast<size_t>(indices[0])]->request.softcap;
   GL_RETURN_IF_ERROR(model_->Forward(pass, logits_));
