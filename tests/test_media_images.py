@@ -14,7 +14,7 @@ import pytest
 from PIL import Image as PilImage
 
 from gemloupe.media import images
-from gemloupe.media.images import read_image, target_size
+from gemloupe.media.images import default_budget, read_image, target_size
 
 
 def _array() -> np.ndarray:
@@ -129,3 +129,27 @@ def test_a_picture_just_below_the_limit_of_pixels_is_read() -> None:
     assert _read(wide).soft_tokens <= 70
     with pytest.raises(ValueError, match="expected at most 67,108,864"):
         _read(PilImage.new("L", (images.MAX_PIXELS // 64 + 1, 64)))
+
+
+@pytest.mark.parametrize(
+    ("processor", "budget"),
+    [
+        (None, 280),
+        ("{}", 280),
+        ('{"image_processor": {"max_soft_tokens": 70}}', 70),
+        ('{"feature_extractor": {}, "image_processor": {"patch_size": 16}}', 280),
+    ],
+)
+def test_the_default_budget_is_what_the_checkpoint_names(
+    tmp_path: Path, processor: str | None, budget: int
+) -> None:
+    if processor is not None:
+        (tmp_path / "processor_config.json").write_text(processor)
+    assert default_budget(tmp_path) == budget
+
+
+def test_a_default_budget_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    text = '{"image_processor": {"max_soft_tokens": 100}}'
+    (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(ValueError, match="processor_config.json: image_processor: max_soft_tokens"):
+        default_budget(tmp_path)

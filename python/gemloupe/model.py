@@ -33,7 +33,7 @@ from gemloupe.media.audio_tower import (
     open_tower,
     read_audio,
 )
-from gemloupe.media.images import DEFAULT_BUDGET
+from gemloupe.media.images import default_budget
 from gemloupe.media.vision import Vision
 from gemloupe.output import Output
 from gemloupe.progress import ProgressBar
@@ -359,9 +359,9 @@ class Model:
         <|audio|>, <|video|>) in the text, or of the messages' parts ({"type": "image"}; a part may
         bring its own: {"type": "image", "image": …}). Soft tokens [n, D] may stand for an image or
         a sound. Ids hold runs of n placeholder ids already. In a batch, a list of one entry a row.
-        ValueError naming both counts where they differ. `max_soft_tokens`: 70, 140, 280 (where
-        None), 560 or 1120, of every image, or a list of one number an image of `images`; a part
-        may say its own.
+        ValueError naming both counts where they differ. `max_soft_tokens`: 70, 140, 280, 560
+        or 1120, of every image, or a list of one number an image of `images`; a part may say its
+        own. None is the checkpoint's default, 280 for the released ones.
         """
         return prepare(
             x,
@@ -656,7 +656,7 @@ class Model:
         config = read_vision_config(self.config.raw, self.config.text.hidden_size, where)
         if config is None or not towers.has_vision(self.checkpoint):
             return None
-        return Vision(config, self._load_vision)
+        return Vision(config, self._load_vision, default_budget(self.checkpoint.folder))
 
     def _load_vision(self, config: _core.VisionConfig) -> _core.VisionModel:
         options = _core.VisionOptions()
@@ -666,11 +666,12 @@ class Model:
         weights = towers.weights(self.checkpoint, towers.VISION)
         return _core.VisionModel(config, weights, options)
 
-    def encode_image(self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET) -> SoftTokens:
+    def encode_image(self, image: Any, max_soft_tokens: int | None = None) -> SoftTokens:
         """Soft tokens float32 [n, D] of an image, as the text model reads them.
 
         `image`: a path, bytes of a file, a data URL, a PIL image, or an array uint8 [H, W, 3].
-        `max_soft_tokens`: 70, 140, 280, 560 or 1120; n is what its shape fills of them. Prompts
+        `max_soft_tokens`: 70, 140, 280, 560 or 1120; None is what the checkpoint's
+        processor_config.json names, else 280. n is what its shape fills of them. Prompts
         take the result in place of the image. ValueError for what is no image, and where the model
         reads none; ImportError without Pillow (`pip install gemloupe[media]`).
         """

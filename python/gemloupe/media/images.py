@@ -12,11 +12,14 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemloupe import strict_json
 from gemloupe.errors import missing_extra, one_of, quoted
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 BUDGETS = (70, 140, 280, 560, 1120)
 """Most soft tokens of one image that models were trained on."""
 DEFAULT_BUDGET = 280
+"""Where the checkpoint's processor_config.json names none."""
 MAX_PIXELS = 1 << 26
 """Of a picture that is decoded: 8192 x 8192, 200 MB as RGB. Larger files are refused unread."""
 _MAX_BYTES = 1 << 30
@@ -85,6 +89,22 @@ def read_image(value: Any, name: str, cell: int, max_soft_tokens: int = DEFAULT_
     check_budget(max_soft_tokens, name)
     picture = open_picture(value, name)
     return fitted(picture, name, cell, max_soft_tokens)
+
+
+def default_budget(folder: Path) -> int:
+    """The budget that a checkpoint's processor_config.json names for images, 280 without one.
+
+    ValueError for one that there is not.
+    """
+    path = folder / "processor_config.json"
+    if not path.is_file():
+        return DEFAULT_BUDGET
+    section = strict_json.read_object(path).get("image_processor")
+    if not isinstance(section, Mapping):
+        return DEFAULT_BUDGET
+    budget = section.get("max_soft_tokens", DEFAULT_BUDGET)
+    check_budget(budget, f"{path}: image_processor")
+    return int(budget)
 
 
 def check_budget(max_soft_tokens: Any, name: str) -> None:

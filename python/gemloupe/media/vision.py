@@ -20,10 +20,16 @@ class Vision:
     """Encodes images for one model. Threads may share it: their images take turns."""
 
     def __init__(
-        self, config: VisionConfig, load: Callable[[_core.VisionConfig], _core.VisionModel]
+        self,
+        config: VisionConfig,
+        load: Callable[[_core.VisionConfig], _core.VisionModel],
+        budget: int = DEFAULT_BUDGET,
     ) -> None:
-        """`load` makes the engine's part; it is called once, when soft tokens are needed."""
+        """`load` makes the engine's part; it is called once, when soft tokens are needed.
+        `budget`: most soft tokens of an image where the caller says nothing.
+        """
         self.config = config
+        self.budget = budget
         self._load = load
         self._lock = threading.Lock()
         self._core: _core.VisionModel | None = None
@@ -36,9 +42,10 @@ class Vision:
                 self._core = self._load(core_config(self.config))
             return self._core
 
-    def read(self, value: Any, name: str, max_soft_tokens: int = DEFAULT_BUDGET) -> Content:
+    def read(self, value: Any, name: str, max_soft_tokens: int | None = None) -> Content:
         """Reads an image (see `images.read_image`); it is encoded when needed."""
-        image = read_image(value, name, self.config.cell, max_soft_tokens)
+        budget = self.budget if max_soft_tokens is None else max_soft_tokens
+        image = read_image(value, name, self.config.cell, budget)
         return Content("image", (image.soft_tokens,), lambda: self.encode(image), source=image)
 
     def read_video(self, value: Any, name: str, max_soft_tokens: int | None = None) -> Content:
@@ -64,7 +71,7 @@ class Vision:
         columns = image.pixels.shape[1] // side
         return self.core.encode(image.patches(side), columns, hooks, first_row)
 
-    def encode_image(self, value: Any, max_soft_tokens: int) -> SoftTokens:
+    def encode_image(self, value: Any, max_soft_tokens: int | None) -> SoftTokens:
         """Reads and encodes one image."""
         content = self.read(value, "image", max_soft_tokens)
         return SoftTokens.of(content.soft_tokens, content)
