@@ -135,8 +135,9 @@ StatusOr<std::vector<int64_t>> AdapterBuilder::ShapeFor(AdaptedModule module, in
                                                         std::vector<int64_t> own) const {
   if (!IsOfTower(module)) return AdaptedModuleShape(config_, module, layer);
   if ((layer >= 0) == IsOfLayer(module)) return own;
-  return absl::NotFoundError(
-      absl::StrCat("adapter: there is no ", AdaptedModuleName(module, layer)));
+  return absl::InvalidArgumentError(absl::StrCat("adapter: layer of ", AdaptedModuleName(module),
+                                                 " is ", layer, ", expected ",
+                                                 IsOfLayer(module) ? "0 or more" : "-1"));
 }
 
 Status AdapterBuilder::AddLowRank(AdaptedModule module, int layer, const LowRank& values,

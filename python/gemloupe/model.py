@@ -487,7 +487,8 @@ class Model:
     ) -> Table:
         """Folds an adapter into copies of the weights: every later call has it, at no cost.
 
-        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. Merged
+        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. In vision
+        and audio parts the adapter stays beside the weights, in every call. Merged
         int4 and int8 tensors become int8 with a scale for each row unless `requantize`, which
         keeps their dtype. Returns a table of modules and the relative errors of what is stored,
         ‖stored − (W + ΔW)‖ / ‖W + ΔW‖. RuntimeError where it is merged already; MemoryError.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from parity_checks import assert_logits_close
 
 import gemloupe as gl
 import made_adapters
+from gemloupe import _core
+from gemloupe.adapters.effective import EffectiveWeights, rounded
 from tiny_models import MEDIA_IDS, VOCAB_SIZE, save_tiny_tokenizer
 
 # Clipped linears and sound, standardised features, neither encoder.
@@ -301,6 +304,22 @@ def test_converting_bakes_towers_in(
     assert_logits_close(ask(baked, kind).logits, ask(side, kind, adapter="a").logits)
 
 
+def test_baked_tensors_of_towers_keep_their_type(
+    checkpoint: Callable, made: Callable, tmp_path: Path
+) -> None:
+    folder, source = checkpoint("e2b", dtype="bfloat16")[1], made("e2b", dtype="bfloat16")[1]
+    model = gl.load(folder)
+    model.load_adapter(source, name="a")
+    effective = EffectiveWeights(model.adapters.selected("a"))
+    baked = gl.load(gl.convert(folder, tmp_path / "baked", "int8", adapter=source))
+    for module in model.adapters.towers.modules.values():
+        own = model.adapters.base.rows(module.weight, range(module.outputs))
+        want = rounded(effective.rows(module, own, 0), "bfloat16")
+        assert baked.adapters.base.dtype(module.weight) == "bfloat16"
+        got = baked.adapters.base.rows(module.weight, range(module.outputs))
+        assert np.array_equal(got, want)
+
+
 BROKEN = {
     "not finite": (lambda t: t * np.nan, {}, "values that are not finite"),
     "of another rank": (lambda t: t[:, :1], {}, r"shape is \[\d+, 1\]; expected \[\d+, 3\]"),
@@ -386,3 +405,68 @@ def test_what_an_adapter_adds_in_towers_is_captured(two: gl.Model) -> None:
         ask(two, "e2b", capture=names[:1])
     with pytest.raises(KeyError, match="is no change of an adapter"):
         ask(two, "e2b", adapter="a", capture="lora.a.audio.layers.0.attn.relative_k_proj")
+
+
+def test_large_images_are_the_same_in_parts_and_whole(
+    checkpoint: Callable, made: Callable, tiny: Callable
+) -> None:
+    # More patches than a feed-forward computes at once, unless hooks look.
+    folder = tiny("e2b", towers="tiny", media_ids=True, vision={"position_embedding_size": 256})[1]
+    model = gl.load(folder, dtype="float32", invariant=True)
+    model.load_adapter(made("e2b")[1], name="a")
+    tokens = model.encode_image(picture(200, 150), 560, adapter="a")
+    ids = prompt([len(tokens)])
+    media = {"images": picture(200, 150), "max_soft_tokens": 560, "adapter": "a", "logits": None}
+    run = model.run(ids, **media, capture=["vision.soft_tokens", "vision.patches"])
+    assert len(run["vision.patches"]) > 2560
+    assert np.array_equal(tokens, run["vision.soft_tokens"])
+
+
+def test_adapters_come_and_go_while_others_encode(two: gl.Model, made: Callable) -> None:
+    source = made("e2b", seed=5)[1]
+    want = {name: two.encode_image(PICTURE, BUDGET, adapter=name) for name in ("a", "b")}
+    heard = {name: two.encode_audio(SOUND, adapter=name) for name in ("a", "b")}
+    wrong: list[str] = []
+
+    def encode(name: str) -> None:
+        for _ in range(6):
+            if not np.array_equal(two.encode_image(PICTURE, BUDGET, adapter=name), want[name]):
+                wrong.append(f"image under {name}")
+            if not np.array_equal(two.encode_audio(SOUND, adapter=name), heard[name]):
+                wrong.append(f"sound under {name}")
+
+    threads = [threading.Thread(target=encode, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        two.load_adapter(source, name="c")
+        two.encode_image(PICTURE, BUDGET, adapter={"c": 1, "a": 1})
+        two.delete_adapter("c")
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_engine_refuses_changes_of_another_size(two: gl.Model) -> None:
+    core = _core.Adapter(two.core, "float32")
+    core.add(
+        0, "vision.attn.q_proj", np.zeros((2, 25), np.float32), np.zeros((24, 2), np.float32), 1
+    )
+    core.shift(-1, "audio.output_proj", np.zeros(7, np.float32))
+    image = two.media_reader.read("image", PICTURE, "image", {"max_soft_tokens": BUDGET}).source
+    vision, patch = two.vision, 4
+    columns = image.pixels.shape[1] // patch
+    with pytest.raises(
+        ValueError, match=r"vision\.layers\.0\.attn\.q_proj has 25 inputs of A, exp"
+    ):
+        vision.core.encode(image.patches(patch), columns, adapters=[(core, 1.0)])
+    features = two.audio_tower.ears.features(two.audio_tower.ears.read(SOUND))
+    with pytest.raises(ValueError, match=r"audio\.output_proj has 7 biases, expected 28"):
+        two.audio_tower.core.encode(features, _core.AudioState(), True, adapters=[(core, 1.0)])
+    a, b = np.zeros((2, 24), np.float32), np.zeros((24, 2), np.float32)
+    for layer, name, expected in (
+        (-1, "vision.attn.q_proj", "is -1, expected 0 or more"),
+        (0, "vision.projection", "is 0, expected -1"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            _core.Adapter(two.core, "float32").add(layer, name, a, b, 1)
