@@ -1,6 +1,7 @@
 #include "formats/weight_store.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -127,6 +128,23 @@ Status WeightStore::AddPackQuantized(std::string_view name, const std::vector<in
   }
   tensor.quantized =
       PackQuantized{static_cast<const uint8_t*>(packed_view.data), std::move(scales_view), false};
+  if (!tensors_.try_emplace(std::string(name), std::move(tensor)).second) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("tensor ", std::string(name), " is given twice; expected it once"));
+  }
+  return absl::OkStatus();
+}
+
+Status WeightStore::AddValues(std::string_view name, const std::vector<int64_t>& shape,
+                              const float* values) {
+  Tensor tensor;
+  tensor.path = "memory";
+  tensor.view = {nullptr, DType::kFloat32, shape};
+  const size_t bytes = tensor.view.byte_size();
+  uint8_t* copy = NewCopy(bytes);
+  std::memcpy(copy, values, bytes);
+  tensor.view.data = copy;
+  copied_bytes_ += bytes;
   if (!tensors_.try_emplace(std::string(name), std::move(tensor)).second) {
     return absl::AlreadyExistsError(
         absl::StrCat("tensor ", std::string(name), " is given twice; expected it once"));

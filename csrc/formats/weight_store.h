@@ -35,6 +35,8 @@ class WeightStore {
   Status AddPackQuantized(std::string_view name, const std::vector<int64_t>& shape,
                           std::string_view packed_path, const TensorEntry& packed,
                           std::string_view scales_path, const TensorEntry& scales);
+  // Adds float32 values, which are copied. AlreadyExists for a name that is there.
+  Status AddValues(std::string_view name, const std::vector<int64_t>& shape, const float* values);
   // Adds a tensor whose memory the caller keeps (models built in tests).
   void AddView(std::string_view name, const TensorView& view);
 

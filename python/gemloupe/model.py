@@ -62,6 +62,7 @@ def load(
     adapter: Any = None,
     invariant: bool | None = None,
     embed_scale: str = "auto",
+    mmproj: str | os.PathLike[str] | None = "auto",
 ) -> Model:
     """Loads a checkpoint: a folder, a GGUF file, a hub id, or "demo:edge", "demo:moe", …
 
@@ -85,6 +86,9 @@ def load(
     `invariant=True` (or GEMLOUPE_INVARIANT=1): a row's bits do not depend on batch, chunk or
     threads. `embed_scale`: √hidden_size as "float32" or rounded to "bfloat16", as a reference in
     that dtype holds it; "auto" follows dtype.
+    `mmproj`: llama.cpp's file of the vision and audio parts of a GGUF model; "auto" takes the only
+    `mmproj-*.gguf` beside the model (with a warning and no towers where it does not fit), None
+    none. Its weights run as they are stored, quantised matrices as float32.
 
     While a model is in use its files may be replaced (by renaming), not rewritten in place: the
     engine reads them all the time, and a file cut short ends the process.
@@ -99,7 +103,7 @@ def load(
     _check_choice("embed_scale", embed_scale, ("auto", "float32", "bfloat16"))
     threads = check_threads(threads)
     _check_max_memory(max_memory)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, mmproj=mmproj)
     made = checkpoint.provenance
     preset = recipe.name_of(dtype if made is None else made.recipe)
     targets = sizes.weight_targets(checkpoint, dtype)
@@ -592,9 +596,11 @@ class Model:
 
     def __repr__(self) -> str:
         text = self.config.text
+        mmproj = self.checkpoint.mmproj
+        with_towers = f" with {mmproj.name}" if mmproj else ""
         return (
-            f"Model({quoted(self.checkpoint.source)}, {text.num_hidden_layers} layers of "
-            f"{text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
+            f"Model({quoted(self.checkpoint.source)}{with_towers}, {text.num_hidden_layers} layers "
+            f"of {text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
         )
 
     def _repr_html_(self) -> str:
@@ -688,10 +694,7 @@ class Model:
 
     def _eyes(self) -> Vision:
         if self.vision is None:
-            raise ValueError(
-                f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
-                "checkpoint: load the folder or hub id of the whole model"
-            )
+            raise towers.lacks(self.checkpoint, "vision", "a multimodal checkpoint")
         return self.vision
 
     @functools.cached_property
