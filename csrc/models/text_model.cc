@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/function_ref.h"
 #include "base/thread_pool.h"
 #include "models/adapter.h"
 #include "models/weight_names.h"
@@ -18,6 +19,9 @@ namespace {
 // Scratch that a model keeps between passes: what a chunk of the default size takes, so that the next
 // one finds its pages; a longer prefill's goes back to the system.
 constexpr size_t kKeptScratch = size_t{256} << 20;
+
+// Rows of logits that are held at once where not all are given: 64 MiB at the family's vocabulary.
+constexpr int64_t kLogitsBlock = 64;
 
 float SqrtScale(int64_t size, bool round_to_bfloat16) {
   const auto scale = static_cast<float>(std::sqrt(static_cast<double>(size)));
@@ -40,6 +44,37 @@ void MergeSoftTokens(const Batch& batch, Matrix embed) {
     if (batch.soft_tokens[row] == nullptr) continue;
     std::copy_n(batch.soft_tokens[row], embed.cols, embed.row(static_cast<int64_t>(row)));
   }
+}
+
+// The logits rows of a pass, which compute(begin, dst) gives `block_rows` at a time.
+struct LogitsBlocks {
+  int64_t count = 0;
+  int64_t block_rows = 0;
+  int64_t vocab = 0;
+  FunctionRef<Status(int64_t begin, Matrix dst)> compute;
+};
+
+Status ReadLogits(const LogitsReading& reading, const LogitsBlocks& blocks, Arena& arena,
+                  std::vector<float>& logits) {
+  const bool all = reading.vocab.empty();
+  const int64_t cols = all ? blocks.vocab : static_cast<int64_t>(reading.vocab.size());
+  logits.resize(static_cast<size_t>((reading.given_end - reading.given_begin) * cols));
+  if (!reading.targets.empty()) reading.scores->resize(reading.targets.size());
+  const Matrix block = arena.NewMatrix(blocks.block_rows, blocks.vocab);
+  for (int64_t begin = 0; begin < blocks.count; begin += block.rows) {
+    const Matrix rows = block.RowRange(0, std::min(block.rows, blocks.count - begin));
+    GL_RETURN_IF_ERROR(blocks.compute(begin, rows));
+    const int64_t end = std::min(begin + rows.rows, reading.given_end);
+    for (int64_t row = std::max(begin, reading.given_begin); row < end; ++row) {
+      const float* src = rows.row(row - begin);
+      float* dst = logits.data() + (row - reading.given_begin) * cols;
+      if (all) std::copy_n(src, cols, dst);
+      for (const int32_t id : reading.vocab) *dst++ = src[id];
+    }
+    if (reading.targets.empty()) continue;
+    ScoreTokens(rows, reading.targets.data() + begin, reading.scores->data() + begin);
+  }
+  return absl::OkStatus();
 }
 
 // Marks this thread as the one that runs a pass, until the pass ends or throws (std::bad_alloc).
@@ -415,21 +450,36 @@ Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
     select(resid);
     final_norm_.Forward(x, x);
   }
-  logits.resize(static_cast<size_t>(count * config_.vocab_size));
   if (count == 0) return absl::OkStatus();
   if (request.final_norm != nullptr) request.final_norm->assign(x.data, x.data + x.rows * x.cols);
-  const Batch batch = ctx.batch->Select(rows);
-  ctx.batch = &batch;
-  const Matrix dst(logits.data(), count, config_.vocab_size);
+  const Batch& of_pass = *ctx.batch;
   MatmulPath path = ctx.path;
   path.tail_rows = 0;
-  const AdaptedJob job = {AdaptedModule::kHead, &embed_tokens_, dst};
-  GL_RETURN_IF_ERROR(AdaptedLinear(x, {&job, 1}, path, ctx));
-  ctx.Visit(HookPoint::kLogitsRaw, dst);
   const float cap = request.softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
-  if (cap > 0.0f) Softcap(cap, dst);
-  ctx.Visit(HookPoint::kLogits, dst);
-  return absl::OkStatus();
+  const auto compute = [&](int64_t begin, Matrix dst) -> Status {
+    const auto first = rows.begin() + begin;
+    const Batch batch = of_pass.Select(std::vector<int64_t>(first, first + dst.rows));
+    ctx.batch = &batch;
+    const AdaptedJob job = {AdaptedModule::kHead, &embed_tokens_, dst};
+    const Status status = AdaptedLinear(x.RowRange(begin, dst.rows), {&job, 1}, path, ctx);
+    if (status.ok()) {
+      ctx.Visit(HookPoint::kLogitsRaw, dst);
+      if (cap > 0.0f) Softcap(cap, dst);
+      ctx.Visit(HookPoint::kLogits, dst);
+    }
+    ctx.batch = &of_pass;
+    return status;
+  };
+  if (request.reading == nullptr) {
+    logits.resize(static_cast<size_t>(count * config_.vocab_size));
+    return compute(0, Matrix(logits.data(), count, config_.vocab_size));
+  }
+  GL_RETURN_IF_ERROR(CheckIds(config_, request.reading->vocab));
+  // Hooks see a pass's logits in one piece; who captures them has asked for [T, V].
+  const bool shown = ctx.Wants(HookPoint::kLogitsRaw) || ctx.Wants(HookPoint::kLogits);
+  const LogitsBlocks blocks = {count, shown ? count : std::min(count, kLogitsBlock),
+                               config_.vocab_size, compute};
+  return ReadLogits(*request.reading, blocks, *ctx.arena, logits);
 }
 
 Status TextModel::Unembed(ConstMatrix x, const UnembedOptions& options,

@@ -19,6 +19,7 @@
 #include "models/config.h"
 #include "models/decoder_layer.h"
 #include "ops/rows.h"
+#include "ops/token_scores.h"
 #include "state/batch.h"
 
 namespace gemloupe {
@@ -38,6 +39,16 @@ struct TextModelOptions {
   DType kv_dtype = DType::kFloat16;  // of caches that are made without naming one
 };
 
+// How the logits of a pass are read: in blocks of rows, so that [T, V] is never held.
+struct LogitsReading {
+  std::vector<int32_t> vocab;    // the columns that are given; empty: all
+  std::vector<int32_t> targets;  // one a logits row, −1 for none; empty: no scores
+  // Of the logits rows, [begin, end) are given; the others are only scored.
+  int64_t given_begin = 0;
+  int64_t given_end = 0;
+  std::vector<TokenScore>* scores = nullptr;  // out: one a logits row
+};
+
 // One pass over the model: T tokens of one or several sequences.
 struct PassRequest {
   Batch batch;
@@ -51,6 +62,7 @@ struct PassRequest {
   bool row_exact = false;  // decode: a row's bits do not depend on its neighbours
   // The caches keep their length: the caller knows later which tokens stay, and calls Advance.
   bool keep_length = false;
+  const LogitsReading* reading = nullptr;    // null: all columns of all logits rows
   std::vector<float>* final_norm = nullptr;  // if wanted: [logits_rows, D], what logits are made of
   std::optional<float> softcap;              // instead of the config's; 0 for none
   std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled

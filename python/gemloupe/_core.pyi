@@ -193,6 +193,13 @@ class VisionModel:
         self, patches: np.ndarray, columns: int, hooks: Hooks | None = ..., first_row: int = ...
     ) -> np.ndarray: ...
 
+class TokenScores:
+    def __init__(self, targets: Sequence[int]) -> None: ...
+    @property
+    def logprobs(self) -> np.ndarray: ...
+    @property
+    def entropy(self) -> np.ndarray: ...
+
 class TextModel:
     def __init__(
         self,
@@ -224,6 +231,8 @@ class TextModel:
         resid_pre: np.ndarray | None = ...,
         adapters: Sequence[tuple[Adapter, float]] = ...,
         media: MediaInput | None = ...,
+        vocab: Sequence[int] = ...,
+        scores: TokenScores | None = ...,
     ) -> np.ndarray | None: ...
     def unembed(
         self, x: np.ndarray, norm: bool, softcap: float | None, vocab: Sequence[int]

@@ -405,6 +405,13 @@ class Model:
         keep: hold what `model.run(this_run, edit=…)` begins from: that repeats the input with
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
+        vocab: ids: these columns of logits alone, in this order ([n, len(vocab)]).
+        targets: "next", or one id for each row of `x` (-1 for none; in a batch a list of these):
+            `run.logprobs` [T] is ln p of each row's target and `run.entropy` [T] the entropy of
+            what it predicts, both in nats and after the soft-cap. With "next", logprobs[t] is of
+            the id that follows row t: that of the last row is nan, and so is that of a row before
+            a soft token. Logits are computed in blocks of 64 rows: with neither logits="all" nor a
+            capture of them, [T, V] is never held.
         softcap: "config", a number, or None for uncapped logits.
         thinking, bos, images, audio, videos, max_soft_tokens: as in `prepare`.
         chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
