@@ -20,6 +20,21 @@ std::shared_ptr<TextModel> Load(const TextConfig& config, Weights& weights,
   }));
 }
 
+std::shared_ptr<TextModel> Override(std::shared_ptr<TextModel> base,
+                                    const std::vector<std::pair<std::string, Floats>>& weights,
+                                    const std::string& dtype) {
+  const DType held = ValueOrThrow(ParseDType(dtype));
+  if (!IsPlain(held)) throw py::value_error("override: dtype is '" + dtype + "'");
+  TextModel::NewWeights views;
+  for (const auto& [name, values] : weights) {
+    views.emplace_back(name, TensorView{values.data(),
+                                        DType::kFloat32,
+                                        {values.shape(), values.shape() + values.ndim()}});
+  }
+  return ValueOrThrow(
+      WithoutGil([&] { return TextModel::Override(std::move(base), views, held); }));
+}
+
 py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& name,
                                   const std::vector<int64_t>& ids) {
   std::vector<float> values =
@@ -159,6 +174,8 @@ void BindTextModel(py::module_& module) {
             return DTypeName(ValueOrThrow(model.weights().Find(name)).dtype);
           },
           py::arg("name"), "The dtype in which the model holds a tensor.")
+      .def("override", &Override, py::arg("weights"), py::arg("dtype"),
+           "The same model with [(name, float32 values)] in place of its own.")
       .def("weight_rows", &ReadWeightRows, py::arg("name"), py::arg("ids"),
            "Rows of a tensor as float32 [ids, cols]; those of experts are counted through.")
       .def_property_readonly("threads", &TextModel::threads)

@@ -152,6 +152,29 @@ Status WeightStore::AddValues(std::string_view name, const std::vector<int64_t>&
   return absl::OkStatus();
 }
 
+WeightStore WeightStore::Borrow() const {
+  WeightStore borrowed;
+  borrowed.tensors_ = tensors_;
+  return borrowed;
+}
+
+Status WeightStore::Replace(std::string_view name, const TensorView& values, DType dtype) {
+  GL_ASSIGN_OR_RETURN(Tensor * tensor, Find(name, values.shape));
+  *tensor = Tensor();
+  tensor->path = "memory";
+  tensor->view = values;
+  if (dtype != values.dtype && values.shape.size() > 1) {
+    tensor->target = dtype;
+    return absl::OkStatus();
+  }
+  const size_t bytes = values.byte_size();
+  uint8_t* copy = NewCopy(bytes);
+  std::memcpy(copy, values.data, bytes);
+  tensor->view.data = copy;
+  copied_bytes_ += bytes;
+  return absl::OkStatus();
+}
+
 void WeightStore::AddView(std::string_view name, const TensorView& view) {
   Tensor tensor;
   tensor.view = view;

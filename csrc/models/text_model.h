@@ -7,7 +7,9 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/memory.h"
@@ -76,6 +78,14 @@ class TextModel {
                                                    const TextModelOptions& options,
                                                    const ProgressFn& progress);
 
+  // `base` with other values of some tensors, float32 views that need live until it returns, for whole
+  // passes at once: the two share all else, caches included. Matrices are held in `dtype`, float32,
+  // bfloat16 or float16. FailedPrecondition while adapters are merged into `base` or its experts are
+  // on disk, ResourceExhausted where the values do not fit in memory.
+  using NewWeights = std::vector<std::pair<std::string, TensorView>>;
+  static StatusOr<std::shared_ptr<TextModel>> Override(std::shared_ptr<TextModel> base,
+                                                       const NewWeights& weights, DType dtype);
+
   // Runs the pass and appends its tokens to their caches; logits [logits_rows, V]. On any error the
   // caches have their previous length. Calls of several threads take turns; FailedPrecondition for a
   // call from inside a hook of this model.
@@ -121,6 +131,7 @@ class TextModel {
 
  private:
   TextModel() = default;
+  Status Build();  // from config_, options_ and weights_
   struct InputLayers;
   struct Rows;
   Status RunLayers(const PassRequest& request, PassContext& ctx, std::vector<float>& logits);
@@ -130,6 +141,7 @@ class TextModel {
               PassContext& ctx, std::vector<float>& logits) const;
   void SetBatch(const Batch& batch, PassContext& ctx) const;
 
+  std::shared_ptr<const TextModel> base_;  // whose memory an overridden model reads
   uint64_t id_ = 0;
   TextConfig config_;
   TextModelOptions options_;
@@ -149,8 +161,10 @@ class TextModel {
   float embed_scale_ = 0.0f;
   float per_layer_scale_ = 0.0f;
 
-  Arena arena_;                                // of the running pass
-  std::atomic<std::thread::id> driving_ = {};  // the thread that runs a pass
+  Arena arena_;  // of the running pass
+  // The thread that runs a pass of this model or of one that shares its weights.
+  std::shared_ptr<std::atomic<std::thread::id>> driving_ =
+      std::make_shared<std::atomic<std::thread::id>>();
 };
 
 }  // namespace gemloupe

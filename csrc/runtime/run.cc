@@ -50,6 +50,17 @@ Status CheckRoom(const TextModel& model, const KvCache& cache, int64_t count, in
         "the cache belongs to another model, expected one of this model; make it with this model's "
         "new_cache()");
   }
+  for (int layer = 0; layer < static_cast<int>(cache.layers().size()); ++layer) {
+    const bool own_entries = cache.layers()[static_cast<size_t>(layer)].source == layer;
+    if (!own_entries || cache.storage(layer) != KvStorage::kDerived) continue;
+    const auto& held = cache.layers()[static_cast<size_t>(layer)].key_weight;
+    const auto& own = model.kv_layers()[static_cast<size_t>(layer)].key_weight;
+    if (held == own || *held == *own) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the cache derives the keys of layer ", layer,
+        " from its values by the k_norm of other weights; expected one that was made under these "
+        "(inside the block of model.override), or by new_cache(separate_keys=True)"));
+  }
   const int64_t limit = cache.start() + cache.options().max_tokens;
   if (cache.length() + count > limit) {
     return absl::OutOfRangeError(absl::StrCat(

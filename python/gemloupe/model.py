@@ -14,6 +14,7 @@ import numpy as np
 from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
 from gemloupe import drafter as _drafter
 from gemloupe import inspect as _inspect
+from gemloupe import override as _override
 from gemloupe import run as _run
 from gemloupe.adapters import Adapter
 from gemloupe.adapters.loading import weights_of
@@ -297,7 +298,7 @@ class Model:
         kv_dtype: str,
         options: _core.TextModelOptions,
     ) -> None:
-        self.core = core
+        self._core = core
         self.adapters = Adapters(self)
         """The adapters that are loaded, by name; see `load_adapter`."""
         self.embed_scale = "bfloat16" if options.round_embed_scale else "float32"
@@ -308,6 +309,12 @@ class Model:
         self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
         self._drafters: dict[str, Drafter] = {}
+
+    @property
+    def core(self) -> _core.TextModel:
+        """The engine's model: what `override` put in its place, inside its block."""
+        entry = _override.active(self)
+        return self._core if entry is None else entry.core
 
     @property
     def config(self) -> ModelConfig:
@@ -326,8 +333,39 @@ class Model:
 
     @property
     def weights(self) -> Weights:
-        """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`."""
+        """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`.
+
+        Inside a block of `override`, with what it put in their place.
+        """
         return Weights(self.core, self.checkpoint)
+
+    @property
+    def loaded_weights(self) -> Weights:
+        """The tensors as they were loaded, whatever is overridden."""
+        return Weights(self._core, self.checkpoint)
+
+    def override(
+        self, weights: Mapping[str, Any], *, dtype: str = "float32"
+    ) -> AbstractContextManager[None]:
+        """Runs the model with other weights inside a with block.
+
+        with model.override({"layers.3.mlp.down_proj.weight": changed}):
+            run = model.run(x)
+
+        `weights`: checkpoint names, with or without the files' prefix, to arrays of the whole
+        tensor's shape: any tensor of the text decoder, norms, scales, embeddings, experts. Blocks
+        nest: an inner one adds to the outer one's. Every call that begins inside the block has
+        them, in this thread (or task) only; `model.weights` shows them; after the block, also when
+        it raises, the model's own bits are back. A DoRA adapter keeps the gains it has for the
+        model's own weights.
+        Matrices are held in `dtype`, "float32", "bfloat16" or "float16", whatever the model's, so
+        that float32 values are used as they are; activations that they multiply are not rounded.
+        A cache that was filled under other weights warns, as under other adapters.
+        ValueError listing unknown names (with close matches) and wrong shapes; TypeError for what
+        is no array; MemoryError; RuntimeError while an adapter is merged, and for models whose
+        experts are read from disk (`max_memory`).
+        """
+        return _override.overriding(self, weights, dtype)
 
     @property
     def expert_cache(self) -> Mapping[str, int] | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe import _core, cache_edits, capturing, rerun, token_scores
+from gemloupe import _core, cache_edits, capturing, override, rerun, token_scores
 from gemloupe import routing as _routing
 from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.cache import KvCache, row_caches
@@ -79,7 +79,7 @@ class Run:
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("tokens", str(len(self.prompt)))]
         if self.adapters:
-            rows.append(("adapter", self.adapters.label))
+            rows.append(("adapter" if self.adapters.adapters else "weights", self.adapters.label))
         if self.logits is not None:
             rows.append(("logits", str(list(self.logits.shape))))
         if self.logprobs is not None:
@@ -138,6 +138,12 @@ def run(
             raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
         if adapter is not None:
             raise ValueError("a run is repeated under its own adapters; leave out adapter=")
+        if x.adapters.overridden != override.label(model):
+            own = "the model's own"
+            raise ValueError(
+                f"this run's weights were {x.adapters.overridden or own}, and now they are "
+                f"{override.label(model) or own}; run its prompt anew"
+            )
         if any(value is not None for value in (images, audio, videos)):
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
