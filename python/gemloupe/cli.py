@@ -82,6 +82,7 @@ examples:
   gemloupe inspect demo:moe
   gemloupe inspect google/gemma-4-E2B-it
   gemloupe inspect ./my-checkpoint
+  gemloupe inspect gemma-4-E2B-it-Q4_0.gguf --mmproj mmproj-gemma-4-E2B-it-f16.gguf
   gemloupe inspect --verify ./my-packed-checkpoint"""
 
 _CONVERT_EXAMPLES = """\
@@ -219,6 +220,7 @@ def _parser() -> _Parser:
     inspect.add_argument(
         "source", metavar="SOURCE", help="a folder, a GGUF file, a hub id, or demo:edge"
     )
+    _add_mmproj_option(inspect)
     inspect.add_argument(
         "--verify", action="store_true", help="read a packed checkpoint's tensors, check their CRCs"
     )
@@ -303,6 +305,7 @@ def _add_serve(commands: Any) -> None:
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
     )
     group.add_argument("--threads", type=int, help="default: every CPU this process may use")
+    _add_mmproj_option(group)
     _add_adapter_option(group, "load a LoRA adapter of PEFT, which requests may name")
     group.add_argument("--name", metavar="NAME", help="what clients call the model")
     group.add_argument(
@@ -396,6 +399,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
             name=arguments.name,
             aliases=aliases,
             load={"dtype": arguments.dtype, "threads": arguments.threads},
+            mmproj=_mmproj(arguments),
             adapters=_adapters(arguments) or {},
             drafter=arguments.drafter,
             limits=limits,
@@ -520,7 +524,21 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
     )
     group.add_argument("--threads", type=int, help="default: every CPU this process may use")
+    _add_mmproj_option(group)
     _add_adapter_option(group)
+
+
+def _add_mmproj_option(parser: Any) -> None:
+    parser.add_argument(
+        "--mmproj",
+        metavar="FILE",
+        default="auto",
+        help="the towers of a GGUF model (default: the only mmproj-*.gguf beside it), or none",
+    )
+
+
+def _mmproj(arguments: argparse.Namespace) -> str | None:
+    return None if arguments.mmproj == "none" else arguments.mmproj
 
 
 def _add_adapter_option(parser: Any, what: str = "run under a LoRA adapter of PEFT") -> None:
@@ -582,6 +600,7 @@ def _load(arguments: argparse.Namespace) -> Model:
         arguments.dtype,
         threads=arguments.threads,
         adapter=_adapters(arguments),
+        mmproj=_mmproj(arguments),
     )
 
 
@@ -718,7 +737,7 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         print(verify(arguments.source))
     else:
-        print(describe(arguments.source))
+        print(describe(arguments.source, _mmproj(arguments)))
 
 
 def _run_convert(arguments: argparse.Namespace) -> None:

@@ -221,7 +221,11 @@ def read_ears(checkpoint: Checkpoint) -> Ears | None:
     """What a checkpoint hears; None where it has no audio part. ValueError for a wrong config."""
     if not towers.has_audio(checkpoint):
         return None
-    mel = read_options(checkpoint.folder) if checkpoint.folder.is_dir() else MelOptions()
+    if checkpoint.folder.is_dir():
+        mel = read_options(checkpoint.folder)
+    else:
+        bands = checkpoint.config.raw["audio_config"].get("input_feat_size", 128)  # See mmproj.py.
+        mel = MelOptions(feature_size=bands)
     config = read_audio_config(checkpoint.config, mel.feature_size)
     return None if config is None else Ears(config, mel)
 
@@ -233,10 +237,7 @@ def open_tower(checkpoint: Checkpoint, options: _core.AudioTowerOptions) -> Audi
     """
     ears = read_ears(checkpoint)
     if ears is None:
-        raise ValueError(
-            f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B "
-            "checkpoint: load the folder or hub id of the whole model"
-        )
+        raise towers.lacks(checkpoint, "audio", "an E2B, E4B or 12B checkpoint")
     return make_tower(ears, towers.weights(checkpoint, towers.AUDIO), options)
 
 

@@ -31,6 +31,8 @@ class Options:
     """Arguments of `gl.load`."""
     adapters: Mapping[str, float] = field(default_factory=dict)
     """Adapters of the first model: path -> scale. Requests name those that they run under."""
+    mmproj: str | None = "auto"
+    """The towers of the first model, where it is a GGUF file; see `gl.load`."""
     drafter: str | None = None
     """A checkpoint that guesses tokens of the first model."""
     limits: Limits = Limits()
@@ -75,7 +77,8 @@ def make_service(source: str, options: Options) -> Any:
     served: dict[str, Served] = {}
     for each in [source, *options.aliases.values()]:
         if each not in served:
-            model = load(each, **options.load)
+            mmproj = options.mmproj if each == source else "auto"
+            model = load(each, mmproj=mmproj, **options.load)
             for path, scale in options.adapters.items() if each == source else ():
                 model.load_adapter(path, scale=scale)
             model.tokenizer.raw_text_warned = True
