@@ -14,7 +14,7 @@ from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
-from gemloupe.media import Medium, audio_hooks, engine_input, vision_hooks
+from gemloupe.media import Media, audio_hooks, engine_input, vision_hooks
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
@@ -53,9 +53,9 @@ class Run:
     """The adapters that it ran under, with their weights; `adapters.label` names them."""
 
     @property
-    def media(self) -> tuple[Medium, ...]:
-        """The prompt's images, sounds and videos."""
-        return self.prompt.media
+    def media(self) -> Media:
+        """The prompt's images, sounds and videos; `media.at(position)` says what stands there."""
+        return Media(self.prompt.media)
 
     def __getstate__(self) -> dict[str, Any]:
         # Results travel between processes; the model, its cache and what is kept beside it do not.

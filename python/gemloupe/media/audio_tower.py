@@ -25,6 +25,7 @@ from gemloupe.media.audio import (
 )
 from gemloupe.media.content import Content, SoftTokens
 from gemloupe.media.mel import MelOptions, MelStream, log_mel, read_options
+from gemloupe.media.spans import Spans
 from gemloupe.positions import Span
 
 MAX_SECONDS = 30.0
@@ -146,6 +147,11 @@ class Sound:
             token = self.ears.config.feature_size / SAMPLING_RATE
         first = np.arange(self.ears.num_tokens(self.clip)) * token
         return np.stack([first, first + token], axis=1)
+
+    @property
+    def spans(self) -> Spans:
+        """What each soft token stands for: its frames and seconds."""
+        return Spans(frames=self.frames, seconds=self.times)
 
 
 def encode_audio(

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gemloupe.media.spans import Spans
+
 KINDS = ("image", "audio", "video")
 
 
@@ -86,6 +88,13 @@ class Medium:
     def positions(self) -> np.ndarray:
         """int64 [n]: the indices of its soft tokens among the prompt's ids."""
         return np.concatenate(self.blocks)
+
+    @property
+    def spans(self) -> Spans:
+        """Boxes, frames and seconds of each soft token; None what this medium has not."""
+        source = self.content.source
+        spans: Spans = Spans() if source is None else source.spans
+        return spans
 
     def __repr__(self) -> str:
         first, last = self.blocks[0][0], self.blocks[-1][-1]
