@@ -90,8 +90,12 @@ class AudioTower:
         capture: str | Iterable[str] | Mapping[str, Any] = (),
         edit: Any = None,
         check_finite: bool = False,
+        row: int = 0,
     ) -> Encoding:
-        """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`."""
+        """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`.
+
+        `row`: of a batch, which edit functions are told.
+        """
         features = self.ears.features(clip)
         request = capturing.parse(
             capturing.Options(capture, False, check_finite), edit, self.config
@@ -101,7 +105,7 @@ class AudioTower:
             return Encoding(tokens, capturing.Captured({}, {}, self.config))
         span = Span(_Rows(self.ears.num_tokens(clip)), 0)
         capturing.check_memory(request, self.config, span, 0, len(span.prompt))
-        bound = capturing.BoundHooks(request, self.config, span, 0)
+        bound = capturing.BoundHooks(request, self.config, span, row)
         bound.core.expected_rows = len(features)
         tokens = self.core.encode(features, _core.AudioState(), True, bound.core)
         captured, _ = bound.take(np.zeros(0, np.int32), list, joined=True)
