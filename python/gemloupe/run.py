@@ -13,7 +13,7 @@ from gemloupe import routing as _routing
 from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.cache import KvCache, row_caches
 from gemloupe.errors import one_of
-from gemloupe.media import Medium, audio_hooks, engine_input, vision_hooks
+from gemloupe.media import Media, engine_input, tower_hooks
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
@@ -58,9 +58,9 @@ class Run:
     """float32 [T], in nats, with `targets=`: −Σ p ln p of what each row predicts."""
 
     @property
-    def media(self) -> tuple[Medium, ...]:
-        """The prompt's images, sounds and videos."""
-        return self.prompt.media
+    def media(self) -> Media:
+        """The prompt's images, sounds and videos; `media.at(position)` says what stands there."""
+        return Media(self.prompt.media)
 
     def __getstate__(self) -> dict[str, Any]:
         # Results travel between processes; the model, its cache and what is kept beside it do not.
@@ -129,8 +129,7 @@ def run(
     rows = len(x) if batch else None
     if routing is None:  # A trace of all layers would make a repeated run begin at the first.
         routing = False if isinstance(x, Run) else "full"
-    capture, tower_capture = vision_hooks.split_capture(capture)
-    capture, sound_capture = vision_hooks.split_capture(capture, audio_hooks.PREFIX)
+    capture, of_towers = tower_hooks.split_capture(capture)
     hooked = capturing.Options(capture, routing, check_finite)
     collectors = _routing.collectors(model)
     if isinstance(x, Run):
@@ -148,10 +147,10 @@ def run(
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
             )
-        if tower_capture or vision_hooks.split_edit(edit)[1]:
-            raise ValueError("a repeated run encodes no image; run the prompt and image anew")
-        if sound_capture or vision_hooks.split_edit(edit, audio_hooks.PREFIX)[1]:
-            raise ValueError("a repeated run encodes no sound; run the prompt and sound anew")
+        if of_towers.vision or of_towers.audio or tower_hooks.has_edits(edit):
+            raise ValueError(
+                "a repeated run encodes no image and no sound; run the prompt and its media anew"
+            )
         request = capturing.parse(hooked, edit, model.config.text, x.adapters)
         _check_logits(logits, request)
         reading = token_scores.parse(vocab, [targets], [x.prompt], model.config, logits)[0]
@@ -174,13 +173,11 @@ def run(
         videos=videos,
         max_soft_tokens=max_soft_tokens,
     )
-    requests, towers, sounds = [], [], []
+    requests, towers = [], []
     for of_row, adapters in zip(capturing.row_edits(edit, rows), selected, strict=True):
-        of_text, of_tower = vision_hooks.split_edit(of_row)
-        of_text, of_sound = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
-        sounds.append(audio_hooks.AudioRequest(sound_capture, of_sound, check_finite))
+        of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, check_finite, adapters)
         requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
-        towers.append(vision_hooks.parse(model, tower_capture, of_tower, check_finite, adapters))
+        towers.append(of_row_towers)
     _check_logits(logits, requests[0])
     rows_of = prompts if batch else [prompts]
     wanted = token_scores.per_row(targets, rows)
@@ -194,7 +191,7 @@ def run(
                 prompt = prepared.under(model.adapters.media(selected[i]))
                 options = _RowOptions(
                     i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i],
-                    sounds[i], readings[i],
+                    readings[i],
                 )  # fmt: skip
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
@@ -215,8 +212,7 @@ class _RowOptions:
     chunk: int
     adapters: Selection
     keep: bool = False
-    tower: vision_hooks.VisionRequest | None = None
-    sounds: audio_hooks.AudioRequest | None = None
+    towers: tower_hooks.TowerRequest | None = None
     reading: token_scores.Reading = token_scores.Reading()
 
 
@@ -244,15 +240,11 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         bound.core.expected_rows = len(prompt)
     used.note_adapter(options.adapters.label)
     cache_edits.note(used, request)
-    seen = vision_hooks.Seen()
-    if options.tower:
-        assert model.vision is not None
-        seen = vision_hooks.encode(model.vision, prompt, options.tower, text, options.row)
-    heard = audio_hooks.Heard()
-    if options.sounds:
-        heard = audio_hooks.encode(model.audio_tower, prompt, options.sounds)
-    soft_tokens = seen.soft_tokens | heard.soft_tokens
-    media = engine_input(prompt.media, model.config, soft_tokens=soft_tokens)
+    inside = tower_hooks.Inside()
+    if options.towers:
+        inside = tower_hooks.encode(model, prompt, options.towers, options.row)
+        cache_edits.note_towers(used, options.towers)
+    media = engine_input(prompt.media, model.config, soft_tokens=inside.soft_tokens)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
         options.chunk, adapters=options.adapters.core, media=media,
@@ -261,7 +253,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
         captured, trace = bound.take(prompt.ids, lambda: prompt.tokens, joined=True)
-    captured = captured.with_more(seen.arrays | heard.arrays, seen.positions | heard.positions)
+    captured = inside.captured(captured, text)
     kept = None
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)
