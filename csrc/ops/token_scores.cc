@@ -14,16 +14,20 @@ namespace {
 constexpr int64_t kPart = 1024;
 constexpr int64_t kLanes = 8;
 
-// Σ weight · (logit − shift), where a weight of 0 counts as nothing (its logit may be −infinity).
+// weight · (logit − shift), where a weight of 0 counts as nothing (its logit may be −infinity).
+inline float Term(float weight, float logit, float shift) {
+  return weight == 0.0f ? 0.0f : weight * (logit - shift);
+}
+
 double WeightedSum(const float* weights, const float* logits, float shift, int64_t count) {
   std::array<double, kLanes> sums = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    for (int64_t lane = 0; lane < std::min(kLanes, count - i); ++lane) {
-      const float weight = weights[i + lane];
-      const float term = weight == 0.0f ? 0.0f : weight * (logits[i + lane] - shift);
-      sums[static_cast<size_t>(lane)] += term;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      sums[static_cast<size_t>(lane)] += Term(weights[i + lane], logits[i + lane], shift);
     }
   }
+  for (; i < count; ++i) sums[0] += Term(weights[i], logits[i], shift);
   double total = 0.0;
   for (const double sum : sums) total += sum;
   return total;
