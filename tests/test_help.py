@@ -30,6 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_tiny_tokenizer(save_tiny(hearing, tmp_path / "gemma-4-E2B-it"))
     write_adapter(tmp_path / ADAPTER, docs_blocks.DEMO)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 
