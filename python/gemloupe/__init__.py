@@ -22,6 +22,7 @@ from gemloupe.cache import KvCache
 from gemloupe.capturing import at
 from gemloupe.comparison import compare, record_reference
 from gemloupe.conversion import convert
+from gemloupe.documents import Pack, pack
 from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
@@ -58,6 +59,7 @@ __all__ = [
     "KvCache",
     "Model",
     "Output",
+    "Pack",
     "Piece",
     "Prompt",
     "RouterTrace",
@@ -79,6 +81,7 @@ __all__ = [
     "load",
     "logit_lens",
     "open_activations",
+    "pack",
     "parse_boxes",
     "patching_grid",
     "plot",

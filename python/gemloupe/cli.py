@@ -15,6 +15,7 @@ from gemloupe.errors import did_you_mean
 
 if TYPE_CHECKING:
     from gemloupe.conversation import Conversation
+    from gemloupe.documents import Pack
     from gemloupe.model import Model
     from gemloupe.output import Output
     from gemloupe.stream import Stream
@@ -66,6 +67,7 @@ examples:
   gemloupe chat
   gemloupe chat --model google/gemma-4-E2B-it --system "Answer in one sentence."
   gemloupe chat --thinking --max-thinking-tokens 200 --seed 7
+  gemloupe chat --model ./e2b-int4 --with src notes.md "report.pdf#page=1-20"
 
 In the chat, /help lists the commands. Ctrl-C stops a reply, Ctrl-D or /exit ends the chat."""
 
@@ -289,7 +291,45 @@ def _add_generate(commands: Any) -> None:
 def _add_chat(commands: Any) -> None:
     parser = _add_command(commands, "chat", _run_chat, "talk with a model", _CHAT_EXAMPLES)
     _add_model_options(parser)
+    _add_document_options(parser)
     _add_sampling_options(parser)
+
+
+def _add_document_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("documents")
+    group.add_argument(
+        "--with",
+        dest="documents",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="text, code and PDF files, and folders of them, to talk about",
+    )
+    group.add_argument(
+        "--max-document-tokens",
+        type=_positive,
+        metavar="N",
+        help="of all documents (default: seven eighths of what the model reads)",
+    )
+    group.add_argument(
+        "--pages",
+        choices=("text", "images"),
+        default="text",
+        help="how the model reads PDFs; images need a model that sees (default: text)",
+    )
+    group.add_argument(
+        "--page-tokens",
+        type=_positive,
+        default=280,
+        metavar="N",
+        help="soft tokens of a page as image: 70, 140, 280, 560 or 1120 (default: 280)",
+    )
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="don't keep what was read on disk, and read everything anew",
+    )
 
 
 def _add_serve(commands: Any) -> None:
@@ -838,7 +878,8 @@ def _run_chat(arguments: argparse.Namespace) -> None:
 
     model = _load(arguments)
     options = _options(arguments, 1024)
-    chat = Conversation(model, arguments.system, arguments.thinking, **options)
+    documents = _documents(arguments, model) if arguments.documents else None
+    chat = Conversation(model, arguments.system, arguments.thinking, documents, **options)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         import readline  # noqa: F401  Line editing in input().
@@ -861,6 +902,35 @@ def _run_chat(arguments: argparse.Namespace) -> None:
                 break
         else:
             _reply(chat, line)
+
+
+def _documents(arguments: argparse.Namespace, model: Model) -> Callable[[str | None], Pack]:
+    """What reads the documents under given instructions, and says what it read."""
+    from gemloupe.documents import pack
+
+    last: list[tuple[str | None, Pack]] = []
+
+    def read(system: str | None) -> Pack:
+        if last and last[0][0] == system:
+            return last[0][1]
+        packed = pack(
+            arguments.documents,
+            arguments.max_document_tokens,
+            model=model,
+            pages=arguments.pages,
+            page_tokens=arguments.page_tokens,
+            system=system,
+            thinking=arguments.thinking,
+            keep=not arguments.no_cache,
+        )
+        print(packed, file=sys.stderr)
+        packed.cache()
+        took = f"in {packed.fill_seconds:.2f} s, from {packed.filled_from}"
+        print(f"{len(packed)} tokens read {took}", file=sys.stderr)
+        last[:] = [(system, packed)]
+        return packed
+
+    return read
 
 
 def _obey(chat: Conversation, line: str) -> bool:

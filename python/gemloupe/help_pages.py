@@ -14,6 +14,7 @@ PAGES = (
     "semantics",
     "images",
     "audio",
+    "documents",
     "numbers",
     "adapters",
     "errors",

@@ -636,6 +636,14 @@ class Model:
             return np.zeros((len(np.atleast_2d(rows)), 0), np.float32)
         return self.core.unembed(np.atleast_2d(rows), norm, None if softcap else 0.0, ids)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of `load`'s arguments decides which numbers are computed."""
+        names = ("bfloat16_matmul", "float32_activations", "round_embed_scale", "invariant")
+        chosen = {name: getattr(self._options, name) for name in names}
+        dtypes = [info.dtype for _name, info in self.weights.items()]
+        return {**chosen, "kv_dtype": self.kv_dtype, "weight_dtypes": dtypes}
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """What the model is, as JSON: files that belong to it say it."""
