@@ -29,6 +29,7 @@ from gemloupe.media.boxes import Box, parse_boxes
 from gemloupe.media.videos import video
 from gemloupe.model import Model, load
 from gemloupe.output import Output
+from gemloupe.perplexity import Divergence, Perplexity, kl, perplexity
 from gemloupe.prompt import Prompt
 from gemloupe.router_trace import RouterTrace
 from gemloupe.run import Run
@@ -54,10 +55,12 @@ def hook_points(model: Model) -> dict[str, HookPoint]:
 __all__ = [
     "Activations",
     "Box",
+    "Divergence",
     "HookPoint",
     "KvCache",
     "Model",
     "Output",
+    "Perplexity",
     "Piece",
     "Prompt",
     "RouterTrace",
@@ -76,11 +79,13 @@ __all__ = [
     "help",
     "hook_points",
     "induction_scores",
+    "kl",
     "load",
     "logit_lens",
     "open_activations",
     "parse_boxes",
     "patching_grid",
+    "perplexity",
     "plot",
     "record",
     "record_reference",

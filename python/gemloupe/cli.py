@@ -27,6 +27,8 @@ COMMANDS = (
     "inspect",
     "convert",
     "compare",
+    "perplexity",
+    "eval",
     "bench",
     "doctor",
 )
@@ -48,8 +50,8 @@ gemloupe COMMAND --help shows the options of a command, with examples. Instead o
 a model may be a folder with a transformers checkpoint, a GGUF file, or a hub id such as
 google/gemma-4-E2B-it; "gemloupe serve" answers OpenAI's and Ollama's clients with it,
 "gemloupe transcribe" writes speech down, "gemloupe convert" makes it four times smaller and
-quicker to load, "gemloupe bench" measures how fast it is here, and "gemloupe compare" finds where
-it parts from a reference."""
+quicker to load, "gemloupe bench" measures how fast it is here, "gemloupe perplexity" and
+"gemloupe eval" how good it is, and "gemloupe compare" finds where it parts from a reference."""
 
 _GENERATE_EXAMPLES = """\
 examples:
@@ -115,6 +117,27 @@ examples:
 Prompts are random ids. pp512: tokens a second of reading a prompt of 512; tg128: of decoding 128;
 d4096: after 4096 tokens; x8: in eight rows at once. Median, least and greatest are shown."""
 
+_PERPLEXITY_EXAMPLES = """\
+examples:
+  gemloupe perplexity wiki.test.raw --model ./e2b-int4
+  gemloupe perplexity book.txt --model ./e2b-int4 --reference google/gemma-4-E2B-it
+  gemloupe perplexity wiki.test.raw --model ./e2b-int4 --window 512 --rule llama.cpp --json
+
+FILE is UTF-8 text. Windows of --window tokens begin every --stride tokens, each with BOS, and every
+token counts once. --rule llama.cpp gives llama-perplexity's figures. With --reference, also the KL
+divergence of each token's distribution, and how often both models find the same token likeliest."""
+
+_EVAL_EXAMPLES = """\
+examples:
+  gemloupe eval --model_args pretrained=demo:edge,dtype=int4 --tasks arc_easy --limit 100
+  gemloupe eval --model_args pretrained=./e2b-int4 --tasks gsm8k --apply_chat_template
+  gemloupe eval --model_args pretrained=./e2b-int4,adapter=./my-lora --tasks wikitext
+  gemloupe eval ls tasks
+  gemloupe eval run --help
+
+Arguments are those of lm-evaluation-harness (needs gemloupe[eval]), in which this command registers
+"--model gemloupe"; gl.help("evaluate") says what --model_args takes."""
+
 _DOCTOR_EXAMPLES = """\
 examples:
   gemloupe doctor
@@ -150,7 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         hint = did_you_mean(argv[0], COMMANDS) or f"There are {', '.join(COMMANDS)}."
         parser.error(f"no command {argv[0]!r}. {hint[:-1]}")
-    arguments = parser.parse_args(argv)
+    if argv[:1] == ["eval"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
+        # The harness reads its own arguments.
+        arguments = argparse.Namespace(command="eval", run=_run_eval, arguments=argv[1:])
+    else:
+        arguments = parser.parse_args(argv)
     if arguments.command is None:
         print(WELCOME)
         return 0
@@ -224,6 +251,11 @@ def _parser() -> _Parser:
     )
     _add_convert(commands)
     _add_compare(commands)
+    _add_perplexity(commands)
+    evaluate = _add_command(
+        commands, "eval", _run_eval, "run tasks of lm-evaluation-harness", _EVAL_EXAMPLES
+    )
+    evaluate.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="the harness's")
     _add_bench(commands)
     _add_command(
         commands, "doctor", _run_doctor, "show what this machine can run", _DOCTOR_EXAMPLES
@@ -473,6 +505,33 @@ def _add_compare(commands: Any) -> None:
         "--kl", action="store_true", help="measure the KL of each rounded tensor alone"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the errors into this picture")
+
+
+def _add_perplexity(commands: Any) -> None:
+    parser = _add_command(
+        commands, "perplexity", _run_perplexity, "measure how well a model predicts a text",
+        _PERPLEXITY_EXAMPLES,
+    )  # fmt: skip
+    parser.add_argument("file", metavar="FILE", help="a text file, or - for one from a pipe")
+    _add_model_options(parser)
+    group = parser.add_argument_group("measure")
+    group.add_argument(
+        "--reference", metavar="MODEL", help="measure the divergence from this model too"
+    )
+    group.add_argument(
+        "--reference-dtype", default="auto", help="auto, float32, bfloat16, int8 or int4"
+    )
+    group.add_argument(
+        "--window", type=_positive, default=2048, metavar="N", help="tokens (default: 2048)"
+    )
+    group.add_argument(
+        "--stride", type=_positive, metavar="N", help="tokens (default: half of the window)"
+    )
+    group.add_argument("--rule", default="strided", help="strided or llama.cpp (default: strided)")
+    group.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="read only the first tokens of FILE"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_bench(commands: Any) -> None:
@@ -777,6 +836,37 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         report.plot().figure.savefig(arguments.plot)
     return 1 if report.first_divergence else 0
+
+
+def _run_perplexity(arguments: argparse.Namespace) -> None:
+    from gemloupe.model import load
+    from gemloupe.perplexity import kl, perplexity
+
+    if arguments.file == "-":
+        data, name = sys.stdin.buffer.read(), "the text from the pipe"
+    else:
+        data, name = Path(arguments.file).read_bytes(), arguments.file
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text: byte {error.start} belongs to none") from None
+    model = _load(arguments)
+    options = {
+        name: getattr(arguments, name) for name in ("window", "stride", "rule", "max_tokens")
+    }
+    result: Any
+    if arguments.reference is None:
+        result = perplexity(model, text, **options)
+    else:
+        reference = load(arguments.reference, arguments.reference_dtype, threads=arguments.threads)
+        result = kl(model, reference, text, **options)
+    print(json.dumps(result.as_dict()) if arguments.json else result)
+
+
+def _run_eval(arguments: argparse.Namespace) -> int:
+    from gemloupe.integrations import lm_eval
+
+    return lm_eval.main(arguments.arguments)
 
 
 def _run_bench(arguments: argparse.Namespace) -> None:

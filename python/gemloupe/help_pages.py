@@ -17,6 +17,7 @@ PAGES = (
     "numbers",
     "adapters",
     "errors",
+    "evaluate",
     "chat",
     "serve",
     "security",
