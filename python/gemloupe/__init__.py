@@ -18,6 +18,7 @@ from gemloupe.analysis import (
     patching_grid,
     steering_vector,
 )
+from gemloupe.batch import run_batch
 from gemloupe.cache import KvCache
 from gemloupe.capturing import at
 from gemloupe.comparison import compare, record_reference
@@ -89,6 +90,7 @@ __all__ = [
     "plot",
     "record",
     "record_reference",
+    "run_batch",
     "steering_vector",
     "transcribe",
     "video",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -35,7 +35,7 @@ def generate_all(
     max_rows: int = MAX_ROWS,
     kv_bytes: int | None = None,
     advance: Callable[[int], None] | None = None,
-) -> Iterator[tuple[Key, list[Output] | Exception]]:
+) -> Generator[tuple[Key, list[Output] | Exception], None, None]:
     """Gives (key, outputs of its rows) in the order in which jobs end, or why one failed.
 
     `jobs` are (key, function that makes the job's rows with `make_rows`); they are asked for

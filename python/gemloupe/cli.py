@@ -24,6 +24,7 @@ COMMANDS = (
     "chat",
     "transcribe",
     "serve",
+    "batch",
     "inspect",
     "convert",
     "compare",
@@ -49,9 +50,10 @@ gemloupe runs the Gemma 4 family on CPUs and lets you see inside. Five things to
 gemloupe COMMAND --help shows the options of a command, with examples. Instead of demo:edge,
 a model may be a folder with a transformers checkpoint, a GGUF file, or a hub id such as
 google/gemma-4-E2B-it; "gemloupe serve" answers OpenAI's and Ollama's clients with it,
-"gemloupe transcribe" writes speech down, "gemloupe convert" makes it four times smaller and
-quicker to load, "gemloupe bench" measures how fast it is here, "gemloupe perplexity" and
-"gemloupe eval" how good it is, and "gemloupe compare" finds where it parts from a reference."""
+"gemloupe batch" a file of requests, "gemloupe transcribe" writes speech down, "gemloupe convert"
+makes it four times smaller and quicker to load, "gemloupe bench" measures how fast it is here,
+"gemloupe perplexity" and "gemloupe eval" how good it is, and "gemloupe compare" finds where it
+parts from a reference."""
 
 _GENERATE_EXAMPLES = """\
 examples:
@@ -154,6 +156,16 @@ examples:
 OpenAI's and Ollama's clients work: base_url="http://localhost:11434/v1". gl.help("serve") says what
 the routes take, gl.help("security") what a stranger can send. Ctrl-C lets running requests end."""
 
+_BATCH_EXAMPLES = """\
+examples:
+  gemloupe batch requests.jsonl answers.jsonl --model ./e2b-int4
+  gemloupe batch prompts.jsonl answers.jsonl --temperature 0 --max-new-tokens 64 --in-order
+  gemloupe batch prompts.jsonl answers.jsonl --capture layers.20.resid_post --captures arrays
+
+A line of IN is a request of OpenAI's batches, {"custom_id": "a", "body": {"messages": [...]}}, or
+{"id": "a", "prompt": "..."} or {"messages": [...]} with options such as "max_tokens" beside it.
+Interrupted, by Ctrl-C or a crash, the same command goes on where it was. gl.help("cluster")."""
+
 _CHAT_HELP = """\
 /reset          forget the conversation
 /system TEXT    begin anew with these instructions; without TEXT, with none
@@ -166,7 +178,7 @@ _CHAT_COMMANDS = ("/reset", "/system", "/exit", "/help")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 after an error, 130 after Ctrl-C.
 
-    `compare` returns 1 where the models diverge.
+    `compare` returns 1 where the models diverge, `batch` where lines could not be answered.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
@@ -240,6 +252,7 @@ def _parser() -> _Parser:
     _add_chat(commands)
     _add_transcribe(commands)
     _add_serve(commands)
+    _add_batch(commands)
     inspect = _add_command(
         commands, "inspect", _run_inspect, "show what a model is made of", _INSPECT_EXAMPLES
     )
@@ -377,6 +390,64 @@ def _add_serve(commands: Any) -> None:
     ):
         shown = text if default is None else f"{text} (default: {default})"
         group.add_argument(flag, type=_positive, default=default, metavar="N", help=shown)
+
+
+def _add_batch(commands: Any) -> None:
+    parser = _add_command(
+        commands, "batch", _run_batch, "answer the requests of a JSONL file", _BATCH_EXAMPLES
+    )
+    parser.add_argument("source", metavar="IN", help="a file with a request a line")
+    parser.add_argument("destination", metavar="OUT", help="the file that gets the answers")
+    _add_model_options(parser)
+    group = parser.add_argument_group("requests", "What lines get that don't say it themselves.")
+    group.add_argument(
+        "--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256"
+    )
+    group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="X")
+    group.add_argument("--top-k", type=int, metavar="N")
+    group.add_argument("--seed", type=int, metavar="N", help="of the first line; it counts up")
+    group.add_argument("--thinking", action="store_true", help="let the model think first")
+    group.add_argument(
+        "--capture", action="append", metavar="POINT", help="may be given several times"
+    )
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--captures", metavar="FOLDER", help="write captures there, as safetensors files"
+    )
+    group.add_argument("--in-order", action="store_true", help="write answers in the order of IN")
+    group.add_argument("--restart", action="store_true", help="forget the answers that OUT has")
+    group.add_argument(
+        "--max-rows", type=_positive, default=8, metavar="N",
+        help="answers that are generated at once (default: 8)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-memory", type=_positive, metavar="N",
+        help="bytes for keys and values (default: half of what is free)",
+    )  # fmt: skip
+
+
+def _run_batch(arguments: argparse.Namespace) -> int:
+    from gemloupe.batch import run_batch
+
+    names = ("temperature", "top_p", "top_k", "seed", "capture")
+    given = {name: getattr(arguments, name) for name in names}
+    defaults = {name: value for name, value in given.items() if value is not None}
+    if arguments.thinking:
+        defaults["thinking"] = True
+    result = run_batch(
+        _load(arguments),
+        arguments.source,
+        arguments.destination,
+        defaults={**defaults, "max_tokens": arguments.max_new_tokens},
+        captures=arguments.captures,
+        in_order=arguments.in_order,
+        restart=arguments.restart,
+        max_rows=arguments.max_rows,
+        kv_bytes=arguments.kv_memory,
+    )
+    print(f"{arguments.destination}: {result}", file=sys.stderr)
+    return 1 if result.failed else 0
 
 
 def _positive(text: str) -> int:

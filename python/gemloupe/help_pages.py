@@ -20,6 +20,7 @@ PAGES = (
     "evaluate",
     "chat",
     "serve",
+    "cluster",
     "security",
     "from_transformer_lens",
     "from_transformers",
