@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,16 @@ def test_the_command_line_evaluates_a_task_with_chats(
     assert results["config"]["model_dtype"] == "int4"
     assert results["results"]["sums_choice"]["acc,none"] == 1.0
     assert results["results"]["sums_text"]["exact_match,none"] == 1.0
+
+
+def test_without_the_harness_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "gemloupe.integrations.lm_eval")
+    monkeypatch.delattr("gemloupe.integrations.lm_eval")
+    assert cli.main(["eval", "--tasks", "arc_easy"]) == 2
+    assert 'pip install "gemloupe[eval]"' in capsys.readouterr().err
 
 
 def test_the_module_registers_the_model_by_name() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -75,6 +76,15 @@ def test_a_row_that_fails_raises_or_is_recorded() -> None:
     assert batch["finish_reason"][0] == "error" and batch[POINT][0].shape == (0, 96)
     with pytest.raises(ValueError, match="the rows have 'text'; expected 'messages' or 'prompt'"):
         Generator("demo:edge", load=load, **GREEDY)({"text": rows["prompt"]})
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemloupe.integrations.ray import deployment
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for use in (lambda: Generator("demo:edge"), lambda: deployment("demo:edge")):
+        with pytest.raises(ImportError, match=r'pip install "gemloupe\[ray\]"'):
+            use()
 
 
 @pytest.fixture(scope="module")

@@ -193,7 +193,11 @@ def deployment(source: Any, options: Options | None = None, **ray_options: Any) 
 
     options = options or Options()
     limits = options.limits
-    given = {"name": "gemloupe", "max_ongoing_requests": limits.max_rows + limits.max_queue}
+    given = {
+        "name": "gemloupe",
+        "max_ongoing_requests": limits.max_rows + limits.max_queue,
+        "graceful_shutdown_timeout_s": options.drain + 1,
+    }
 
     def build() -> Any:
         from gemloupe.serving.app import make_app
@@ -205,7 +209,7 @@ def deployment(source: Any, options: Options | None = None, **ray_options: Any) 
         )
 
     replica = serve.ingress(build)()
-    return serve.deployment(replica).options(**given, **ray_options).bind()
+    return serve.deployment(replica).options(**{**given, **ray_options}).bind()
 
 
 def _ray() -> Any:
