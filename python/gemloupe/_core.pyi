@@ -189,7 +189,12 @@ class VisionOptions:
 class VisionModel:
     def __init__(self, config: VisionConfig, weights: Weights, options: VisionOptions) -> None: ...
     def encode(
-        self, patches: np.ndarray, columns: int, hooks: Hooks | None = ..., first_row: int = ...
+        self,
+        patches: np.ndarray,
+        columns: int,
+        hooks: Hooks | None = ...,
+        first_row: int = ...,
+        adapters: Sequence[tuple[Adapter, float]] = ...,
     ) -> np.ndarray: ...
 
 class TextModel:
@@ -261,13 +266,13 @@ class Adapter:
         a: np.ndarray,
         b: np.ndarray,
         scale: float,
-        bias: np.ndarray | None = ...,
         gain: np.ndarray | None = ...,
     ) -> None: ...
     def add_experts(
         self, layer: int, module: str, a: np.ndarray, b: np.ndarray, scale: float
     ) -> None: ...
     def replace(self, layer: int, module: str, weight: np.ndarray) -> None: ...
+    def shift(self, layer: int, module: str, shift: np.ndarray) -> None: ...
     def replace_rows(self, module: str, ids: Sequence[int], rows: np.ndarray) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -453,7 +458,12 @@ class AudioTower:
     @property
     def mapped_bytes(self) -> int: ...
     def encode(
-        self, features: np.ndarray, state: AudioState, last: bool, hooks: Hooks | None = None
+        self,
+        features: np.ndarray,
+        state: AudioState,
+        last: bool,
+        hooks: Hooks | None = None,
+        adapters: Sequence[tuple[Adapter, float]] = ...,
     ) -> np.ndarray: ...
 
 def function_edit(

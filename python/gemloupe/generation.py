@@ -206,6 +206,10 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
     )
     hooked = capturing.Options(given["capture"], given["routing"], given["check_finite"])
     selected = model.adapters.rows(given["adapter"], len(prompts) if batch else None)
+    prompts = [
+        prompt.under(model.adapters.media(adapters))
+        for prompt, adapters in zip(prompts, selected, strict=True)
+    ]
     row_edits = capturing.row_edits(given["edit"], len(prompts) if batch else None)
     requests = [
         capturing.parse(hooked, of_row, model.config.text, adapters)

@@ -18,6 +18,7 @@ from gemloupe import run as _run
 from gemloupe.adapters import Adapter
 from gemloupe.adapters.loading import weights_of
 from gemloupe.adapters.registry import Adapters
+from gemloupe.adapters.selection import Selection
 from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
@@ -362,8 +363,10 @@ class Model:
         ValueError naming both counts where they differ. `max_soft_tokens`: 70, 140, 280 (where
         None), 560 or 1120, of every image, or a list of one number an image of `images`; a part
         may say its own.
+
+        A call encodes them under its own adapters; before, `prompt.media` are under active ones.
         """
-        return prepare(
+        prepared = prepare(
             x,
             self.tokenizer,
             self.config,
@@ -376,6 +379,10 @@ class Model:
             max_soft_tokens=max_soft_tokens,
             reader=self.media_reader,
         )
+        of_media = self.adapters.media(self.adapters.active())
+        if isinstance(prepared, list):
+            return [prompt.under(of_media) for prompt in prepared]
+        return prepared.under(of_media)
 
     def run(self, x: Any, **arguments: Any) -> Any:
         """Runs the model over `x` and returns a `Run` (a batch: a list of them).
@@ -480,7 +487,8 @@ class Model:
     ) -> Table:
         """Folds an adapter into copies of the weights: every later call has it, at no cost.
 
-        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. Merged
+        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. In vision
+        and audio parts the adapter stays beside the weights, in every call. Merged
         int4 and int8 tensors become int8 with a scale for each row unless `requantize`, which
         keeps their dtype. Returns a table of modules and the relative errors of what is stored,
         ‖stored − (W + ΔW)‖ / ‖W + ΔW‖. RuntimeError where it is merged already; MemoryError.
@@ -666,25 +674,31 @@ class Model:
         weights = towers.weights(self.checkpoint, towers.VISION)
         return _core.VisionModel(config, weights, options)
 
-    def encode_image(self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET) -> SoftTokens:
+    def encode_image(
+        self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET, *, adapter: Any = None
+    ) -> SoftTokens:
         """Soft tokens float32 [n, D] of an image, as the text model reads them.
 
         `image`: a path, bytes of a file, a data URL, a PIL image, or an array uint8 [H, W, 3].
         `max_soft_tokens`: 70, 140, 280, 560 or 1120; n is what its shape fills of them. Prompts
-        take the result in place of the image. ValueError for what is no image, and where the model
+        take the result in place of the image, under any adapter. `adapter`: as in `run`, those that
+        the vision part is run under. ValueError for what is no image, and where the model
         reads none; ImportError without Pillow (`pip install gemloupe[media]`).
         """
-        return self._eyes().encode_image(image, max_soft_tokens)
+        return self._eyes().encode_image(image, max_soft_tokens, self._of_media(adapter))
 
-    def encode_video(self, video: Any) -> SoftTokens:
+    def _of_media(self, adapter: Any) -> Selection:
+        return self.adapters.media(self.adapters.selected(adapter))
+
+    def encode_video(self, video: Any, *, adapter: Any = None) -> SoftTokens:
         """Soft tokens float32 [n, D] of a video's frames, one frame after the other.
 
         `video`: a path or bytes of a file (with PyAV: `pip install gemloupe[video]`), a list of
         frames, an array uint8 [F, H, W, 3], or what `gl.video(…)` made of one, which says how many
-        frames are read and of how many soft tokens (32 of up to 70). Errors as in `encode_image`.
+        frames are read and of how many soft tokens (32 of up to 70). `adapter` and errors as in
+        `encode_image`.
         """
-        content = self._eyes().read_video(video, "video")
-        return SoftTokens.of(content.soft_tokens, content)
+        return self._eyes().encode_video(video, self._of_media(adapter))
 
     def _eyes(self) -> Vision:
         if self.vision is None:
@@ -710,6 +724,7 @@ class Model:
         source: Any,
         sampling_rate: int | None = None,
         *,
+        adapter: Any = None,
         capture: Any = (),
         edit: Any = None,
         check_finite: bool = False,
@@ -718,7 +733,8 @@ class Model:
 
         `source`: a path, bytes, data URL, or samples [N] or [N, channels] at `sampling_rate` (16
         kHz without it). Encoders read 30 s; more is cut, as transformers does it, with a warning.
-        Pass the result as `audio=` of `run` and `generate`, as often as you like.
+        Pass the result as `audio=` of `run` and `generate`, as often as you like, under any
+        adapter. `adapter`: as in `run`, those that the encoder is run under.
         `capture` and `edit` (as in `run`) take points of the tower, such as
         "audio.layers.3.attn.pattern"; positions are those of soft tokens, at "audio.mel" of frames.
         Captures are `tokens.content.source.captured`, which also tells times and frames of tokens.
@@ -728,14 +744,16 @@ class Model:
             self.audio_tower,
             source,
             sampling_rate,
+            adapters=self._of_media(adapter),
             capture=capture,
             edit=edit,
             check_finite=check_finite,
         )
 
-    def audio_stream(self, sampling_rate: int | None = None) -> AudioStream:
-        """Encodes sound while it comes; see `AudioStream`."""
-        return AudioStream(self.audio_tower, sampling_rate)
+    def audio_stream(self, sampling_rate: int | None = None, *, adapter: Any = None) -> AudioStream:
+        """Encodes sound while it comes, under `adapter` (as in `run`); see `AudioStream`."""
+        mix = self._of_media(adapter).of_tower("audio")
+        return AudioStream(self.audio_tower, sampling_rate, mix)
 
     # What gemloupe.generation asks of a model.
 

@@ -166,14 +166,15 @@ def run(
         of_text, of_sound = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
         sounds.append(audio_hooks.AudioRequest(sound_capture, of_sound, check_finite))
         requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
-        towers.append(vision_hooks.parse(model, tower_capture, of_tower, check_finite))
+        towers.append(vision_hooks.parse(model, tower_capture, of_tower, check_finite, adapters))
     _check_logits(logits, requests[0])
     cap = softcap_value(softcap)
     runs = []
     before = [(given, given.fork()) for given in caches if given is not None and batch]
     try:
         with cache_edits.forgotten_on_error(caches):
-            for i, prompt in enumerate(prompts if batch else [prompts]):
+            for i, prepared in enumerate(prompts if batch else [prompts]):
+                prompt = prepared.under(model.adapters.media(selected[i]))
                 options = _RowOptions(
                     i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i],
                     sounds[i],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import threading
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from gemloupe import _core
 from gemloupe.adapters import loading, selection
 from gemloupe.adapters.adapter import Adapter
+from gemloupe.adapters.base_weights import BaseWeights
+from gemloupe.adapters.modules import Module, Towers, modules_of, towers_of
 from gemloupe.adapters.selection import Selection
 from gemloupe.cache import BASE
 from gemloupe.errors import did_you_mean, quoted
@@ -36,6 +39,22 @@ class Adapters:
         """Names and weights of the calls that choose nothing, in every thread: `load(adapter=)`."""
         self.base_norms: dict[str, float] = {}
         """‖W‖ of the tensors that were asked for, by name."""
+
+    @functools.cached_property
+    def towers(self) -> Towers:
+        """What adapters find of the model's vision and audio parts."""
+        return towers_of(self._model.checkpoint)
+
+    @functools.cached_property
+    def modules(self) -> Mapping[str, Module]:
+        """Every module that adapters can change, by label, in model order."""
+        text = modules_of(self._model.config.text).values()
+        return {module.label: module for module in (*text, *self.towers.modules.values())}
+
+    @functools.cached_property
+    def base(self) -> BaseWeights:
+        """The weights that adapters stand beside."""
+        return BaseWeights(self._model)
 
     def load(
         self, source: str | os.PathLike[str], name: str | None, scale: float, strict: bool,
@@ -163,6 +182,12 @@ class Adapters:
     def rows(self, value: Any, count: int | None) -> list[Selection]:
         """One selection for each row, from `adapter=`."""
         return [self.selected(one) for one in selection.per_row(value, count)]
+
+    def media(self, selected: Selection) -> Selection:
+        """What images and sounds of a row that runs under `selected` are encoded under: merged
+        adapters too, whose changes of the towers stay beside the weights."""
+        with self._lock:
+            return Selection((*self._merged.values(), *selected.adapters))
 
     def _select(self, value: Any) -> Selection:
         found = []

@@ -21,6 +21,10 @@ Choice = str | Adapter | Mapping[Any, float] | None
 """A name, an adapter, {name or adapter: weight}, {} for none; None for those that are active."""
 
 
+Mix = tuple[tuple[Any, float], ...]
+"""(`_core.Adapter`, weight) of adapters whose changes add up."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """The adapters of one row, each with the weight of its changes."""
@@ -31,6 +35,14 @@ class Selection:
     def core(self) -> list[tuple[Any, float]]:
         """What the engine takes: every weight times its adapter's own scale."""
         return [(adapter.held.core, weight * adapter.scale) for adapter, weight in self.adapters]
+
+    def of_tower(self, tower: str) -> Mix:
+        """The same of those adapters that change a tower: "vision" or "audio"."""
+        return tuple(
+            (adapter.held.core, weight * adapter.scale)
+            for adapter, weight in self.adapters
+            if tower in adapter.towers
+        )
 
     @property
     def label(self) -> str:

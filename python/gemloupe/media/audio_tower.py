@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe import _core, capturing, towers
+from gemloupe.adapters.selection import NO_ADAPTERS, Mix, Selection
 from gemloupe.audio_config import AudioConfig, read_audio_config
 from gemloupe.checkpoint import Checkpoint
 from gemloupe.errors import quoted
@@ -86,23 +87,25 @@ class AudioTower:
         self,
         clip: Clip,
         *,
+        adapters: Selection = NO_ADAPTERS,
         capture: str | Iterable[str] | Mapping[str, Any] = (),
         edit: Any = None,
         check_finite: bool = False,
     ) -> Encoding:
         """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`."""
         features = self.ears.features(clip)
+        mix = adapters.of_tower("audio")
         request = capturing.parse(
-            capturing.Options(capture, False, check_finite), edit, self.config
+            capturing.Options(capture, False, check_finite), edit, self.config, adapters
         )
         if not request:
-            tokens = self.core.encode(features, _core.AudioState(), True)
+            tokens = self.core.encode(features, _core.AudioState(), True, None, mix)
             return Encoding(tokens, capturing.Captured({}, {}, self.config))
         span = Span(_Rows(self.ears.num_tokens(clip)), 0)
         capturing.check_memory(request, self.config, span, 0, len(span.prompt))
         bound = capturing.BoundHooks(request, self.config, span, 0)
         bound.core.expected_rows = len(features)
-        tokens = self.core.encode(features, _core.AudioState(), True, bound.core)
+        tokens = self.core.encode(features, _core.AudioState(), True, bound.core, mix)
         captured, _ = bound.take(np.zeros(0, np.int32), list, joined=True)
         return Encoding(tokens, captured)
 
@@ -153,16 +156,26 @@ def encode_audio(
     source: Any,
     sampling_rate: int | None = None,
     *,
+    adapters: Selection = NO_ADAPTERS,
     capture: str | Iterable[str] | Mapping[str, Any] = (),
     edit: Any = None,
     check_finite: bool = False,
 ) -> SoftTokens:
     """Returns a sound's soft tokens [n, D]; see `Model.encode_audio`."""
     clip = tower.ears.read(source, sampling_rate)
-    encoding = tower.encode(clip, capture=capture, edit=edit, check_finite=check_finite)
+    encoding = tower.encode(
+        clip,
+        adapters=adapters,
+        capture=capture,
+        edit=edit,
+        check_finite=check_finite,
+    )
     rows = encoding.soft_tokens
     sound = Sound(clip, tower.ears, encoding.captured)
-    return SoftTokens.of(rows, Content("audio", (len(rows),), lambda: rows, source=sound))
+    content = Content(
+        "audio", (len(rows),), lambda _adapters: rows, source=sound, adapters=adapters
+    )
+    return SoftTokens.of(content)
 
 
 def read_audio(tower: AudioTower, value: Any, name: str) -> Content:
@@ -182,7 +195,7 @@ def read_audio(tower: AudioTower, value: Any, name: str) -> Content:
     return Content(
         "audio",
         (tower.ears.num_tokens(clip),),
-        lambda: tower.encode(clip).soft_tokens,
+        lambda adapters: tower.encode(clip, adapters=adapters).soft_tokens,
         source=Sound(clip, tower.ears, nothing),
     )
 
@@ -242,9 +255,12 @@ class AudioStream:
     them, are there. All of them together are those of the whole sound.
     """
 
-    def __init__(self, tower: AudioTower, sampling_rate: int | None = None) -> None:
+    def __init__(
+        self, tower: AudioTower, sampling_rate: int | None = None, adapters: Mix = ()
+    ) -> None:
         """`sampling_rate`: of the samples to come; 16 kHz without it."""
         self._tower = tower
+        self._adapters = adapters
         self._rate = SAMPLING_RATE if sampling_rate is None else checked_rate(sampling_rate)
         self._resampler = None if self._rate == SAMPLING_RATE else Resampler(self._rate)
         self._mel = MelStream(tower.ears.mel)
@@ -299,4 +315,4 @@ class AudioStream:
             whole = len(held) if last else len(held) // width * width
             self._held = held[whole:]
             features = np.pad(held[:whole], (0, -whole % width)).reshape(-1, width)
-        return self._tower.core.encode(features, self._state, last)
+        return self._tower.core.encode(features, self._state, last, None, self._adapters)
