@@ -60,6 +60,8 @@ def serve(source: str, options: Options) -> None:
         server_header=False,
         limit_concurrency=options.limits.max_queue + options.limits.max_rows + 256,
         timeout_graceful_shutdown=int(options.drain) + 1,
+        # The parser that bounds headers; "auto" takes httptools where that is installed.
+        http="h11",
         h11_max_incomplete_event_size=64 << 10,
         ws="none",
     )
