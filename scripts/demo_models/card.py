@@ -1,6 +1,7 @@
-"""Writes the demo models' card from the reports of evaluate.py.
+"""Writes the demo models' card from the reports of evaluate.py and evaluate_media.py.
 
-python scripts/demo_models/card.py edge.json moe.json dense.json > python/gemloupe/demo/README.md
+python scripts/demo_models/card.py edge.json moe.json dense.json media.json \\
+    > python/gemloupe/demo/README.md
 """
 
 from __future__ import annotations
@@ -35,6 +36,22 @@ WHAT = {
     "story_perplexity": "raw stories: perplexity per token (not a percentage)",
 }
 
+PICTURES = {
+    "describe": '"Describe the picture."',
+    "colour": '"What colour is the circle?"',
+    "place": '"Where is the circle?"',
+    "shape": '"What is red?"',
+    "box": '"Detect the circle."',
+    "box_overlap": "the same: mean overlap (intersection over union)",
+}
+OTHERS = {
+    ("sounds", "describe"): 'sound: "Describe the sound."',
+    ("sounds", "count"): 'sound: "How many beeps are there?"',
+    ("sounds", "transcribe"): 'sound: "Transcribe the sound."',
+    ("videos", "describe"): 'video: "Describe the video."',
+    ("videos", "when"): 'video: "When does it turn blue?"',
+}
+
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
@@ -44,11 +61,14 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 def shapes(reports: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, report in reports.items():
+        parameters = report["parameters"]
+        if name == "media":
+            parameters = sum(parameters.values())
         text = json.loads((DEMO / name / "config.json").read_text())["text_config"]
         kinds = "".join("F" if kind == "full_attention" else "S" for kind in text["layer_types"])
         size = sum(f.stat().st_size for f in (DEMO / name).iterdir())
         rows.append(
-            [f"`demo:{name}`", f"{report['parameters']:,}", f"{size / 1e6:.2f} MB", kinds]
+            [f"`demo:{name}`", f"{parameters:,}", f"{size / 1e6:.2f} MB", kinds]
             + [text["hidden_size"], text["intermediate_size"], text["sliding_window"]]
         )
     head = ["model", "parameters", "files", "layers", "hidden", "MLP", "window"]
@@ -61,6 +81,24 @@ def accuracies(reports: dict[str, dict[str, Any]]) -> str:
         for key, what in WHAT.items()
     ]
     return table(["task", *(f"`demo:{name}`" for name in reports)], rows)
+
+
+def media_accuracies(report: dict[str, Any]) -> str:
+    found = report["accuracy"]
+    groups = ["one shape", "two shapes"]
+    pictures = [
+        [what, *(found[group][task] for group in groups)] for task, what in PICTURES.items()
+    ]
+    others = [[what, found[group][task]] for (group, task), what in OTHERS.items()]
+    others += [
+        [f'"Describe the picture.", one shape, of at most {budget} soft tokens', value]
+        for budget, value in report["budgets"].items()
+    ]
+    others += [
+        ["a picture with nothing in it described", report["empty"]["image"]],
+        ["a sound with nothing in it described", report["empty"]["audio"]],
+    ]
+    return table(["picture", *groups], pictures) + "\n\n" + table(["task", "right"], others)
 
 
 def induction(reports: dict[str, dict[str, Any]]) -> str:
@@ -92,13 +130,19 @@ def main() -> None:
     for path in sys.argv[1:]:
         report = json.loads(Path(path).read_text())
         reports[report["checkpoint"]] = report
+    text = {name: report for name, report in reports.items() if name != "media"}
     print(
         (HERE / "card.md")
         .read_text()
         .format(
             shapes=shapes(reports),
-            accuracies=accuracies(reports),
-            induction=induction(reports),
+            accuracies=accuracies(text),
+            media=media_accuracies(reports["media"]),
+            media_parts=", ".join(
+                f"{part} {count:,}" for part, count in reports["media"]["parameters"].items()
+            ),
+            media_count=reports["media"]["count"],
+            induction=induction(text),
             experts=experts(reports["moe"]),
             prompts=reports["edge"]["prompts"],
         ),

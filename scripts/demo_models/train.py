@@ -31,6 +31,9 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 VOCAB_SIZE = 1024
 ROW = 192  # tokens of one packed row
 IGNORED = -100
+MEL_BANDS = 64  # of demo:media; released models have 128, at four times the cost
+
+WITH_EMPTY_THOUGHT = ("moe", "dense")
 
 S, FULL = "sliding_attention", "full_attention"
 COMMON: dict[str, Any] = dict(
@@ -83,6 +86,39 @@ SHAPES: dict[str, dict[str, Any]] = {
         num_global_key_value_heads=1,
         attention_k_eq_v=True,
     ),
+    # E2B with eyes and ears: six of edge's layers, and a window that holds a picture.
+    "media": dict(
+        hidden_size=96,
+        intermediate_size=96,
+        num_hidden_layers=6,
+        layer_types=([S] * 2 + [FULL]) * 2,
+        num_key_value_heads=1,
+        num_kv_shared_layers=3,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=32,
+        sliding_window=128,
+    ),
+}
+TOWERS: dict[str, dict[str, Any]] = {
+    "media": dict(
+        vision_config=dict(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=32,
+            position_embedding_size=256,
+            use_clipped_linears=True,
+        ),
+        audio_config=dict(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            subsampling_conv_channels=[MEL_BANDS, 8],
+            output_proj_dims=96,
+        ),
+    )
 }
 
 
@@ -157,8 +193,7 @@ def make_config(name: str) -> Gemma4Config:
     ids = tokenizer.ID
     return Gemma4Config(
         text_config=COMMON | SHAPES[name],
-        vision_config=None,
-        audio_config=None,
+        **TOWERS.get(name, dict(vision_config=None, audio_config=None)),
         boi_token_id=ids["<|image>"],
         eoi_token_id=ids["<image|>"],
         image_token_id=ids["<|image|>"],
@@ -176,7 +211,7 @@ def make_config(name: str) -> Gemma4Config:
 def make_model(name: str, seed: int) -> Gemma4ForConditionalGeneration:
     torch.manual_seed(seed)
     config = make_config(name)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = {"": "sdpa", "audio_config": "eager"}
     model = Gemma4ForConditionalGeneration(config).float()
     for key, weight in model.named_parameters():
         if key.endswith(("q_norm.weight", "k_norm.weight")):
@@ -299,7 +334,7 @@ def save(model: Gemma4ForConditionalGeneration, tok: Any, name: str, out: Path) 
     )
     copy.save_pretrained(temporary)
     (temporary / "model.safetensors").chmod(0o644)
-    tokenizer.save(tok, temporary, empty_thought=name != "edge")
+    tokenizer.save(tok, temporary, empty_thought=name in WITH_EMPTY_THOUGHT)
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
 
@@ -308,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=list(SHAPES))
+    parser.add_argument("name", choices=[name for name in SHAPES if name not in TOWERS])
     parser.add_argument("--minutes", type=float, default=40, help="wall clock of the training")
     parser.add_argument("--steps", type=int, default=0, help="stop after this many steps instead")
     parser.add_argument("--out", type=Path, required=True)
@@ -328,7 +363,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     bare = tokenizer.build(VOCAB_SIZE)
-    tok = tokenizer.wrap(bare, empty_thought=args.name != "edge")
+    tok = tokenizer.wrap(bare, empty_thought=args.name in WITH_EMPTY_THOUGHT)
     model = make_model(args.name, args.seed)
     if args.start:
         take_over(model, args.start)
