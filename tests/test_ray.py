@@ -79,6 +79,15 @@ def test_a_row_that_fails_raises_or_is_recorded() -> None:
         Generator("demo:edge", load=load, **GREEDY)({"text": rows["prompt"]})
 
 
+def test_a_generator_that_is_dropped_ends_its_engine() -> None:
+    generator = Generator("demo:edge", load={"threads": 1}, **GREEDY)
+    generator({"prompt": _object_column([[2, 5]])})
+    scheduler = generator._scheduler
+    assert scheduler.alive
+    del generator
+    assert not scheduler.alive
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from gemloupe.integrations.ray import deployment
 
