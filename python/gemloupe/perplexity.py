@@ -486,8 +486,9 @@ def _number(value: float) -> float | None:
 
 def _what_was_read(result: Perplexity) -> list[tuple[str, str]]:
     step = f", stride {result.stride}" if result.stride else f" ({result.rule}'s rule)"
+    windows = "1 window" if result.windows == 1 else f"{result.windows} windows"
     return [
-        ("tokens", f"{result.tokens} scored in {result.windows} windows of {result.window}{step}"),
+        ("tokens", f"{result.tokens} scored in {windows} of {result.window}{step}"),
         ("speed", f"{result.tokens_per_second:.1f} tokens/s"),
     ]
 
