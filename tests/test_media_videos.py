@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image as PilImage
 
 import gemloupe as gl
+from gemloupe.media import videos
 from gemloupe.media.images import read_image
-from gemloupe.media.videos import read_video, sampled
+from gemloupe.media.videos import VideoSource, read_video, sampled
 from tiny_models import save_tiny_tokenizer
 
 matplotlib.use("Agg")
@@ -85,11 +87,24 @@ def test_a_file_gives_the_frames_and_times_that_it_holds(tmp_path: Path, kind: s
         (gl.video(_frames(2), fps=0.0), "fps is 0.0|expected"),
         (gl.video(_frames(2), max_soft_tokens=71), "max_soft_tokens is 71; expected one of"),
         (3, "is a int; expected a path, bytes, a list of frames"),
+        (VideoSource(_file(8), most_pixels=12_000), "8 frames of 48 x 32 pixels, 12,288 in all"),
     ],
 )
 def test_wrong_videos_are_refused_in_words(value: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=rf"^videos\[0\].*({expected})"):
         read_video(value, "videos[0]", 48)
+
+
+def test_large_frames_are_refused_and_kept_ones_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = _file(40)
+    tracemalloc.start()
+    read_video(data, "videos[0]", 2)  # 70 cells of 2 x 2 pixels.
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
+    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"frames of 48 x 32 pixels; expected at most 1,000"):
+        read_video(data, "videos[0]", 48)
 
 
 @pytest.fixture
