@@ -71,9 +71,41 @@ def test_a_file_gives_the_frames_and_times_that_it_holds(tmp_path: Path, kind: s
             assert np.array_equal(frame.pixels, pixels)
 
 
+def _without_frames(codec: str) -> bytes:
+    """A file with sound alone, or with a stream of pictures that has none."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        if codec == "ffv1":
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "bgr0"
+            container.start_encoding()
+        else:
+            stream = container.add_stream(codec, rate=16_000, layout="mono")
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), "s16", "mono")
+            sound.sample_rate = 16_000
+            container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    PilImage.new("RGB", (48, 32)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
+        (b"", "is no video that is read"),
+        (_png(), "is no video that is read"),
+        (_without_frames("pcm_s16le"), "has no pictures, only sound; expected a video"),
+        (_without_frames("ffv1"), "is no video that is read|has no frames"),
+        (_file(8).replace(b"V_FFV1", b"V_ZZZZ"), "with a codec that is not known here"),
+        (
+            _file(8, codec="mpeg4", kind="avi").replace(b"FMP4", b"ZZZZ"),
+            "with a codec that is not known here",
+        ),
         ([], "has no frames; expected at least one"),
         (np.zeros((0, 8, 8, 3), np.uint8), "has no frames"),
         (b"no video", "is no video that is read"),

@@ -171,6 +171,11 @@ def _decode(
                 raise ValueError(f"{name} has no pictures, only sound; expected a video")
             stream = container.streams.video[0]
             stream.thread_type = "NONE"  # Frame threads would hold many decoded frames.
+            if stream.codec_context is None:
+                raise ValueError(
+                    f"{name} is encoded with a codec that is not known here; convert it to one "
+                    "such as H.264, VP9 or AV1"
+                )
             _check_frame(stream, name)
             total = stream.frames or _count(container, stream)
             pixels = total * (stream.width or 0) * (stream.height or 0)
