@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gemloupe as gl
+from adapter_files import write_adapter
 from tiny_models import save_tiny_tokenizer
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6, "stop": (), "logprobs": 3}
@@ -103,3 +105,21 @@ def test_what_is_no_prompt_of_one_sound_is_said(model: gl.Model) -> None:
         stream.generate(cache=model.new_cache())
     with pytest.raises(ValueError, match="no sound came; push at least one frame"):
         stream.generate()
+
+
+def test_the_sound_is_heard_and_read_under_the_streams_adapter(
+    tiny: Callable, tmp_path: Path
+) -> None:
+    folder = tiny("e2b", towers="audio", media_ids=True)[1]
+    save_tiny_tokenizer(folder)
+    model = gl.load(folder, dtype="float32", kv_dtype="float32")
+    ends = ("q_proj.linear", "embedding_projection", "mlp.down_proj")
+    model.load_adapter(write_adapter(tmp_path / "a", folder, end=ends))
+    whole = model.generate(CHAT, audio=_sound(), adapter="a", **GREEDY)
+    stream = _pushed(model, CHAT, _sound(), 5000, adapter="a")
+    model.set_adapter({})
+    out = stream.generate(**GREEDY)
+    plain = model.generate(CHAT, audio=_sound(), **GREEDY)
+    assert out.ids.tolist() == whole.ids.tolist()
+    assert out.logprobs[0][0] == pytest.approx(whole.logprobs[0][0], abs=1e-4)
+    assert abs(plain.logprobs[0][0] - whole.logprobs[0][0]) > 1e-3

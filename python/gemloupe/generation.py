@@ -215,10 +215,14 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
     capture, of_towers = tower_hooks.split_capture(given["capture"])
     hooked = capturing.Options(capture, given["routing"], finite)
     selected = model.adapters.rows(given["adapter"], len(prompts) if batch else None)
+    prompts = [
+        prompt.under(model.adapters.media(adapters))
+        for prompt, adapters in zip(prompts, selected, strict=True)
+    ]
     row_edits = capturing.row_edits(given["edit"], len(prompts) if batch else None)
     requests, towers = [], []
     for of_row, adapters in zip(row_edits, selected, strict=True):
-        of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, finite)
+        of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, finite, adapters)
         requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
         towers.append(of_row_towers)
     tools = parse_tools(None if given["tool_choice"] == "none" else given["tools"])

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe import _core, cache_edits, capturing, rerun
+from gemloupe import _core, cache_edits, capturing, override, rerun, token_scores
 from gemloupe import routing as _routing
 from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.cache import KvCache, row_caches
-from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
 from gemloupe.media import Media, engine_input, tower_hooks
 from gemloupe.positions import Span
@@ -33,7 +32,8 @@ class Run:
 
     prompt: Prompt
     logits: np.ndarray | None
-    """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None."""
+    """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None. With
+    `vocab=` [n, len(vocab)]: these columns, in the order given."""
     captured: capturing.Captured
     """name -> float32 [T, …], read-only."""
     cache: KvCache
@@ -51,6 +51,11 @@ class Run:
     """The model that ran."""
     adapters: Selection = NO_ADAPTERS
     """The adapters that it ran under, with their weights; `adapters.label` names them."""
+    logprobs: np.ndarray | None = None
+    """float32 [T], with `targets=`: ln p of each row's target, after the soft-cap; nan where a row
+    has none."""
+    entropy: np.ndarray | None = None
+    """float32 [T], in nats, with `targets=`: −Σ p ln p of what each row predicts."""
 
     @property
     def media(self) -> Media:
@@ -74,9 +79,11 @@ class Run:
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("tokens", str(len(self.prompt)))]
         if self.adapters:
-            rows.append(("adapter", self.adapters.label))
+            rows.append(("adapter" if self.adapters.adapters else "weights", self.adapters.label))
         if self.logits is not None:
             rows.append(("logits", str(list(self.logits.shape))))
+        if self.logprobs is not None:
+            rows.append(("logprobs, entropy", str(list(self.logprobs.shape))))
         rows += [(name, _shape_text(value)) for name, value in list(self.captured.items())[:12]]
         if len(self.captured) > 12:
             rows.append(("…", f"{len(self.captured)} captured in all"))
@@ -103,6 +110,8 @@ def run(
     capture: str | Iterable[str] | Mapping[str, Any] = (),
     edit: Any = None,
     logits: LogitsRows = "last",
+    vocab: Sequence[int] | None = None,
+    targets: Any = None,
     softcap: float | str | None = "config",
     routing: str | bool | None = None,
     thinking: bool = False,
@@ -128,6 +137,12 @@ def run(
             raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
         if adapter is not None:
             raise ValueError("a run is repeated under its own adapters; leave out adapter=")
+        if x.adapters.overridden != override.label(model):
+            own = "the model's own"
+            raise ValueError(
+                f"this run's weights were {x.adapters.overridden or own}, and now they are "
+                f"{override.label(model) or own}; run its prompt anew"
+            )
         if any(value is not None for value in (images, audio, videos)):
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
@@ -138,11 +153,10 @@ def run(
             )
         request = capturing.parse(hooked, edit, model.config.text, x.adapters)
         _check_logits(logits, request)
-        repeated = _rerun(
-            model,
-            x,
-            _RowOptions(0, None, logits, request, softcap_value(softcap), chunk, x.adapters),
-        )
+        reading = token_scores.parse(vocab, [targets], [x.prompt], model.config, logits)[0]
+        cap = softcap_value(softcap)
+        options = _RowOptions(0, None, logits, request, cap, chunk, x.adapters, reading=reading)
+        repeated = _rerun(model, x, options)
         _routing.count([repeated.routing], collectors)
         return repeated
     caches = row_caches(cache, rows)
@@ -161,19 +175,24 @@ def run(
     )
     requests, towers = [], []
     for of_row, adapters in zip(capturing.row_edits(edit, rows), selected, strict=True):
-        of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, check_finite)
+        of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, check_finite, adapters)
         requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
         towers.append(of_row_towers)
     _check_logits(logits, requests[0])
+    rows_of = prompts if batch else [prompts]
+    wanted = token_scores.per_row(targets, rows)
+    readings = token_scores.parse(vocab, wanted, rows_of, model.config, logits)
     cap = softcap_value(softcap)
     runs = []
     before = [(given, given.fork()) for given in caches if given is not None and batch]
     try:
         with cache_edits.forgotten_on_error(caches):
-            for i, prompt in enumerate(prompts if batch else [prompts]):
+            for i, prepared in enumerate(rows_of):
+                prompt = prepared.under(model.adapters.media(selected[i]))
                 options = _RowOptions(
-                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i]
-                )
+                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i],
+                    readings[i],
+                )  # fmt: skip
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
         for given, fork in before:  # rows that had succeeded: the call raises as a whole
@@ -194,6 +213,7 @@ class _RowOptions:
     adapters: Selection
     keep: bool = False
     towers: tower_hooks.TowerRequest | None = None
+    reading: token_scores.Reading = token_scores.Reading()
 
 
 def _check_logits(logits: LogitsRows, request: capturing.Request) -> None:
@@ -228,6 +248,7 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
         options.chunk, adapters=options.adapters.core, media=media,
+        vocab=options.reading.vocab or (), scores=(scores := options.reading.scores()),
     )  # fmt: skip
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
@@ -237,10 +258,10 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)
     positions = np.arange(span.first, span.end)
-    values = _of_slice(values, options.logits, text)
+    values = options.reading.columns(values, options.logits, end - begin)
     return Run(
         prompt, values, captured, used, positions, request.skipped, trace, kept, model,
-        options.adapters,
+        options.adapters, *token_scores.values(scores),
     )  # fmt: skip
 
 
@@ -255,7 +276,8 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     begin, end = logits_rows(options.logits, len(prompt))
     capturing.check_memory(request, text, span, 0, options.chunk)
     bound = capturing.BoundHooks(request, text, span, 0)
-    layer, position = rerun.reach(bound, model, span, span.first + begin)
+    first = 0 if options.reading.targets is not None else begin  # Every row is scored.
+    layer, position = rerun.reach(bound, model, span, span.first + first)
     skipped = position - span.first
     used = kept.cache.fork()
     used.core.rewind(position)
@@ -266,21 +288,15 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
         ids.tolist(), used.core, max(0, begin - skipped), max(0, end - skipped), bound.core,
         options.cap, options.chunk, layer, kept.residuals[layer][skipped:] if layer else None,
         adapters=options.adapters.core, media=engine_input(prompt.media, model.config, skipped),
+        vocab=options.reading.vocab or (), scores=(scores := options.reading.scores()),
     )  # fmt: skip
     captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
     positions = np.arange(span.first, span.end)
-    values = _of_slice(values, options.logits, text)
+    values = options.reading.columns(values, options.logits, end - begin)
     return Run(
         prompt, values, captured, used, positions, request.skipped, trace, None, model,
-        options.adapters,
+        options.adapters, *token_scores.values(scores),
     )  # fmt: skip
-
-
-def _of_slice(values: np.ndarray | None, logits: LogitsRows, config: TextConfig) -> Any:
-    """A slice without rows has logits, none of them; the engine gives None."""
-    if values is not None or logits is None:
-        return values
-    return np.zeros((0, config.vocab_size), np.float32)
 
 
 def logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:

@@ -58,6 +58,7 @@ def encode(tower: AudioTower, prompt: Prompt, request: AudioRequest, row: int) -
             )
         encoding = tower.encode(
             source.clip,
+            adapters=medium.content.adapters,
             capture=request.capture,
             edit=[{name: value} for name, value in request.edit],
             check_finite=request.check_finite,

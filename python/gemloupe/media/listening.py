@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.media.audio_tower import AudioStream
 from gemloupe.media.content import Content, Medium
 from gemloupe.prompt import Prompt, is_batch
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 
 # Rows of one pass: fewer would read the model's weights more often than the sound comes.
 _READ_AT_ONCE = 25
+_OF_STREAM = (
+    "adapter",
+    "cache",
+    "images",
+    "audio",
+    "videos",
+    "max_soft_tokens",
+    "bos",
+    "thinking",
+)
 
 
 class ListeningStream(AudioStream):
@@ -27,14 +38,21 @@ class ListeningStream(AudioStream):
     """
 
     def __init__(
-        self, model: Model, x: Any, sampling_rate: int | None = None, **options: Any
+        self,
+        model: Model,
+        x: Any,
+        sampling_rate: int | None = None,
+        adapters: Selection = NO_ADAPTERS,
+        **options: Any,
     ) -> None:
         """`x`: text or a chat with one sound, or ids with one audio id. `options` of `prepare`."""
-        super().__init__(model.audio_tower, sampling_rate)
+        mix = model.adapters.media(adapters).of_tower("audio")
+        super().__init__(model.audio_tower, sampling_rate, mix)
         if is_batch(x) or isinstance(x, Prompt):
             what = "a batch" if is_batch(x) else "a prepared prompt"
             raise ValueError(f"prompt is {what}; expected one text, chat or list of ids")
         self._model = model
+        self._under = dict(adapters.adapters)
         stand_in = np.zeros((1, model.config.text.hidden_size), np.float32)
         whole = model.prepare(x, audio=stand_in, **options)
         [sound] = [medium for medium in whole.media if medium.kind == "audio"]
@@ -79,7 +97,7 @@ class ListeningStream(AudioStream):
         `out.prompt` is what was left to read. ValueError before the first soft token, and where
         this was called before.
         """
-        for name in ("cache", "images", "audio", "videos", "max_soft_tokens", "bos", "thinking"):
+        for name in _OF_STREAM:
             if name in arguments:
                 raise ValueError(f"{name}= belongs to the prompt, which this stream has already")
         self.finish()
@@ -90,19 +108,20 @@ class ListeningStream(AudioStream):
             rest = _joined(self._sound(np.concatenate(self._unread)), rest)
         if not len(rest):
             raise ValueError("this stream was answered, and nothing is left to read")
-        out = self._model.generate(rest, cache=self.cache, **arguments)
+        out = self._model.generate(rest, cache=self.cache, adapter=self._under, **arguments)
         self._unread, self._after = [], _part(self._after, 0, 0)
         return out
 
     def _sound(self, tokens: np.ndarray) -> Prompt:
         held = tokens.copy()
-        content = Content("audio", (len(held),), lambda: held)
+        content = Content("audio", (len(held),), lambda _adapters: held, fixed=True)
         ids = np.full(len(held), self._audio_id, np.int32)
         medium = Medium(content, 0, (np.arange(len(held)),))
         return dataclasses.replace(self._before, ids=ids, media=(medium,))
 
     def _run(self, prompt: Prompt) -> None:
-        self._model.run(prompt, cache=self.cache, logits=None, routing=False)
+        under = self._under
+        self._model.run(prompt, cache=self.cache, logits=None, routing=False, adapter=under)
 
 
 def _part(prompt: Prompt, begin: int, end: int) -> Prompt:

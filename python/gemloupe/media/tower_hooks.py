@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from gemloupe import capturing, edits
+from gemloupe.adapters.selection import Selection
 from gemloupe.media import audio_hooks, vision_hooks
 from gemloupe.media.content import Medium
 from gemloupe.prompt import Prompt
@@ -92,16 +93,21 @@ def has_edits(edit: Any) -> bool:
 
 
 def parse(
-    model: TowerModel, capture: TowerCapture, edit: Any, check_finite: bool
+    model: TowerModel,
+    capture: TowerCapture,
+    edit: Any,
+    check_finite: bool,
+    adapters: Selection,
 ) -> tuple[Any, TowerRequest]:
     """Returns one row's `edit` without the points of towers, and what is asked of these.
 
+    `adapters`: those that the row runs under.
     KeyError with close matches for a pattern that matches nothing in the vision tower (in the audio
     tower, when a sound is encoded).
     """
     of_text, of_vision = vision_hooks.split_edit(edit)
     of_text, of_audio = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
-    vision = vision_hooks.parse(model, capture.vision, of_vision, check_finite)
+    vision = vision_hooks.parse(model, capture.vision, of_vision, check_finite, adapters)
     return of_text, TowerRequest(
         vision, audio_hooks.AudioRequest(capture.audio, of_audio, check_finite)
     )
