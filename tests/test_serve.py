@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
 import numpy as np
 import ollama
@@ -590,8 +591,21 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
+def _video(picture: np.ndarray) -> str:
+    """Two frames in base64."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=1)
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "bgr0"
+        for frame in (picture, picture[::-1]):
+            made = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(made))
+        container.mux(stream.encode())
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 @pytest.mark.parametrize("adapter", [None, "towers"])
-def test_images_and_sounds_are_read_from_the_request(
+def test_images_sounds_and_videos_are_read_from_the_request(
     seeing: Server, tmp_path: Path, adapter: str | None
 ) -> None:
     if adapter:  # They are encoded under it, too.
@@ -616,6 +630,13 @@ def test_images_and_sounds_are_read_from_the_request(
         (
             {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}},
             {"type": "audio", "audio": wav.getvalue()},
+        ),
+        (
+            {
+                "type": "video_url",
+                "video_url": {"url": f"data:video/matroska;base64,{_video(picture)}"},
+            },
+            {"type": "video", "video": base64.b64decode(_video(picture))},
         ),
     ):
         client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="x", max_retries=0)
