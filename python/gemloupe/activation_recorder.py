@@ -51,10 +51,11 @@ def record(
     """Runs `model` over `inputs`, one after the other, and writes captures to disk as they come.
 
     `inputs`: one input as `model.run` takes it, or an iterable of these or of batches, a generator
-    too. Memory: what is captured of one input, whatever their number. `capture`, `edit`, `adapter`,
-    `logits`, `chunk`, `thinking`, `bos`: as in `model.run`; logits="all" is for the points
-    `logits…`. All points need rows of the same positions; points whose rows are cached positions or
-    pairs of them (attn.keys, attn.scores, …) are not taken. Shows a progress bar on a terminal.
+    too; media come in a chat's parts or a `Prompt`. Memory: what is captured of one input, whatever
+    their number. `capture`, `edit`, `adapter`, `logits`, `chunk`, `thinking`, `bos`: as in
+    `model.run`; logits="all" is for the points `logits…`. All points need rows of the same
+    positions; points whose rows are cached positions or pairs of them (attn.keys, attn.scores, …)
+    are not taken. Shows a progress bar on a terminal.
 
     format "safetensors": a file that `gl.open_activations` and every reader of safetensors opens:
     for each point a tensor [rows, …] under its name in `dtype` ("float32", "float16", "bfloat16";

@@ -14,6 +14,7 @@ import numpy as np
 from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
 from gemloupe import drafter as _drafter
 from gemloupe import inspect as _inspect
+from gemloupe import override as _override
 from gemloupe import run as _run
 from gemloupe.adapters import Adapter
 from gemloupe.adapters.loading import weights_of
@@ -63,6 +64,7 @@ def load(
     adapter: Any = None,
     invariant: bool | None = None,
     embed_scale: str = "auto",
+    mmproj: str | os.PathLike[str] | None = "auto",
 ) -> Model:
     """Loads a checkpoint: a folder, a GGUF file, a hub id, or "demo:edge", "demo:moe", …
 
@@ -86,6 +88,9 @@ def load(
     `invariant=True` (or GEMLOUPE_INVARIANT=1): a row's bits do not depend on batch, chunk or
     threads. `embed_scale`: √hidden_size as "float32" or rounded to "bfloat16", as a reference in
     that dtype holds it; "auto" follows dtype.
+    `mmproj`: llama.cpp's file of the vision and audio parts of a GGUF model; "auto" takes the only
+    `mmproj-*.gguf` beside the model (with a warning and no towers where it does not fit), None
+    none. Its weights run as they are stored, quantised matrices as float32.
 
     While a model is in use its files may be replaced (by renaming), not rewritten in place: the
     engine reads them all the time, and a file cut short ends the process.
@@ -100,7 +105,7 @@ def load(
     _check_choice("embed_scale", embed_scale, ("auto", "float32", "bfloat16"))
     threads = check_threads(threads)
     _check_max_memory(max_memory)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, mmproj=mmproj)
     made = checkpoint.provenance
     preset = recipe.name_of(dtype if made is None else made.recipe)
     targets = sizes.weight_targets(checkpoint, dtype)
@@ -294,7 +299,7 @@ class Model:
         kv_dtype: str,
         options: _core.TextModelOptions,
     ) -> None:
-        self.core = core
+        self._core = core
         self.adapters = Adapters(self)
         """The adapters that are loaded, by name; see `load_adapter`."""
         self.embed_scale = "bfloat16" if options.round_embed_scale else "float32"
@@ -305,6 +310,12 @@ class Model:
         self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
         self._drafters: dict[str, Drafter] = {}
+
+    @property
+    def core(self) -> _core.TextModel:
+        """The engine's model: what `override` put in its place, inside its block."""
+        entry = _override.active(self)
+        return self._core if entry is None else entry.core
 
     @property
     def config(self) -> ModelConfig:
@@ -323,8 +334,39 @@ class Model:
 
     @property
     def weights(self) -> Weights:
-        """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`."""
+        """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`.
+
+        Inside a block of `override`, with what it put in their place.
+        """
         return Weights(self.core, self.checkpoint)
+
+    @property
+    def loaded_weights(self) -> Weights:
+        """The tensors as they were loaded, whatever is overridden."""
+        return Weights(self._core, self.checkpoint)
+
+    def override(
+        self, weights: Mapping[str, Any], *, dtype: str = "float32"
+    ) -> AbstractContextManager[None]:
+        """Runs the model with other weights inside a with block.
+
+        with model.override({"layers.3.mlp.down_proj.weight": changed}):
+            run = model.run(x)
+
+        `weights`: checkpoint names, with or without the files' prefix, to arrays of the whole
+        tensor's shape: any tensor of the text decoder, norms, scales, embeddings, experts. Blocks
+        nest: an inner one adds to the outer one's. Every call that begins inside the block has
+        them, in this thread (or task) only; `model.weights` shows them; after the block, also when
+        it raises, the model's own bits are back. A DoRA adapter keeps the gains it has for the
+        model's own weights.
+        Matrices are held in `dtype`, "float32", "bfloat16" or "float16", whatever the model's, so
+        that float32 values are used as they are; activations that they multiply are not rounded.
+        A cache that was filled under other weights warns, as under other adapters.
+        ValueError listing unknown names (with close matches) and wrong shapes; TypeError for what
+        is no array; MemoryError; RuntimeError while an adapter is merged, and for models whose
+        experts are read from disk (`max_memory`).
+        """
+        return _override.overriding(self, weights, dtype)
 
     @property
     def expert_cache(self) -> Mapping[str, int] | None:
@@ -408,6 +450,13 @@ class Model:
         keep: hold what `model.run(this_run, edit=…)` begins from: that repeats the input with
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
+        vocab: ids: these columns of logits alone, in this order ([n, len(vocab)]).
+        targets: "next", or one id for each row of `x` (-1 for none; in a batch a list of these):
+            `run.logprobs` [T] is ln p of each row's target and `run.entropy` [T] the entropy of
+            what it predicts, both in nats and after the soft-cap. With "next", logprobs[t] is of
+            the id that follows row t: that of the last row is nan, and so is that of a row before
+            a soft token. Logits are computed in blocks of 64 rows: with neither logits="all" nor a
+            capture of them, [T, V] is never held.
         softcap: "config", a number, or None for uncapped logits.
         thinking, bos, images, audio, videos, max_soft_tokens: as in `prepare`.
         chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
@@ -587,6 +636,14 @@ class Model:
             return np.zeros((len(np.atleast_2d(rows)), 0), np.float32)
         return self.core.unembed(np.atleast_2d(rows), norm, None if softcap else 0.0, ids)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of `load`'s arguments decides which numbers are computed."""
+        names = ("bfloat16_matmul", "float32_activations", "round_embed_scale", "invariant")
+        chosen = {name: getattr(self._options, name) for name in names}
+        dtypes = [info.dtype for _name, info in self.weights.items()]
+        return {**chosen, "kv_dtype": self.kv_dtype, "weight_dtypes": dtypes}
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """What the model is, as JSON: files that belong to it say it."""
@@ -600,9 +657,11 @@ class Model:
 
     def __repr__(self) -> str:
         text = self.config.text
+        mmproj = self.checkpoint.mmproj
+        with_towers = f" with {mmproj.name}" if mmproj else ""
         return (
-            f"Model({quoted(self.checkpoint.source)}, {text.num_hidden_layers} layers of "
-            f"{text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
+            f"Model({quoted(self.checkpoint.source)}{with_towers}, {text.num_hidden_layers} layers "
+            f"of {text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
         )
 
     def _repr_html_(self) -> str:
@@ -702,10 +761,7 @@ class Model:
 
     def _eyes(self) -> Vision:
         if self.vision is None:
-            raise ValueError(
-                f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
-                "checkpoint: load the folder or hub id of the whole model"
-            )
+            raise towers.lacks(self.checkpoint, "vision", "a multimodal checkpoint")
         return self.vision
 
     @functools.cached_property

@@ -85,10 +85,10 @@ std::vector<float> RunAll(TextModel& model, const std::vector<int32_t>& ids,
   request.logits_end = static_cast<int64_t>(ids.size());
   request.adapters = adapters;
   request.hooks = hooks;
-  std::vector<float> logits;
-  const Status status = Run(model, request, logits);
+  RunResult result;
+  const Status status = Run(model, request, result);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  return logits;
+  return result.logits;
 }
 
 double Farthest(const std::vector<float>& a, const std::vector<float>& b) {

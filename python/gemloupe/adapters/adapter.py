@@ -101,7 +101,7 @@ class Adapter:
         )
 
     def _base_norms(self, modules: list[Module]) -> dict[str, float]:
-        known = self.model.adapters.base_norms
+        known, base = self.model.adapters.base_norms, self.model.adapters.base
         missing = [m for m in dict.fromkeys(modules) if m.weight not in known]
         total = sum(int(np.prod(module.shape)) for module in missing)
         with ProgressBar("measuring weights", shown=total > BAR_WEIGHTS) as bar:
@@ -114,9 +114,7 @@ class Adapter:
 
             for module in missing:
                 if module.weight not in known:  # The head's is the embedding's.
-                    known[module.weight] = measure.base_norm(
-                        self.model.adapters.base, module, advance
-                    )
+                    known[module.weight] = measure.base_norm(base, module, advance)
         return {module.label: known[module.weight] for module in modules}
 
     def __repr__(self) -> str:

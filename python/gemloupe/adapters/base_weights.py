@@ -34,7 +34,7 @@ class BaseWeights:
     def dtype(self, name: str) -> str:
         stored = self._towers.get(name)
         if stored is None:
-            return self._model.weights.info(name).dtype
+            return self._model.loaded_weights.info(name).dtype
         return towers.ENGINE_DTYPES.get(stored.info.dtype, stored.info.dtype)
 
     def rows(self, name: str, ids: Sequence[int]) -> np.ndarray:
@@ -44,7 +44,7 @@ class BaseWeights:
         """
         stored = self._towers.get(name)
         if stored is None:
-            return self._model.weights.rows(name, ids)
+            return self._model.loaded_weights.rows(name, ids)
         dtype, shape = self.dtype(name), stored.info.shape or (1,)
         if dtype not in _STORED:
             raise ValueError(

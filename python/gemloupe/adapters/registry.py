@@ -8,9 +8,10 @@ import re
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gemloupe import _core
+from gemloupe import _core, override
 from gemloupe.adapters import loading, selection
 from gemloupe.adapters.adapter import Adapter
 from gemloupe.adapters.base_weights import BaseWeights
@@ -60,6 +61,7 @@ class Adapters:
         self, source: str | os.PathLike[str], name: str | None, scale: float, strict: bool,
         dtype: str,
     ) -> Adapter:  # fmt: skip
+        override.refuse_inside(self._model, "an adapter can't be loaded")
         if name is not None:
             self._check_free(name)
         adapter = loading.load(self._model, source, name, scale, strict, dtype)
@@ -181,7 +183,11 @@ class Adapters:
 
     def rows(self, value: Any, count: int | None) -> list[Selection]:
         """One selection for each row, from `adapter=`."""
-        return [self.selected(one) for one in selection.per_row(value, count)]
+        overridden = override.label(self._model)
+        return [
+            replace(self.selected(one), overridden=overridden)
+            for one in selection.per_row(value, count)
+        ]
 
     def media(self, selected: Selection) -> Selection:
         """What images and sounds of a row that runs under `selected` are encoded under: merged
@@ -237,6 +243,7 @@ class Adapters:
 
     def _merge(self, merged: dict[str, tuple[Adapter, float]], requantize: bool) -> Table:
         """Folds all of `merged` into the weights anew, so that errors don't add up."""
+        override.refuse_inside(self._model, "adapters can't be merged")
         mix = Selection(tuple(merged.values())).core
         with ProgressBar("merging") as bar:
             errors = _core.merge_adapters(self._model.core, mix, requantize, bar.show)

@@ -30,6 +30,8 @@ class Selection:
     """The adapters of one row, each with the weight of its changes."""
 
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    overridden: str = ""
+    """What `Model.override` put in place of the model's weights, for people; "" for nothing."""
 
     @property
     def core(self) -> list[tuple[Any, float]]:
@@ -51,10 +53,11 @@ class Selection:
             adapter.name if weight == 1 else f"{weight:g} {adapter.name}"
             for adapter, weight in self.adapters
         ]
+        texts += [self.overridden] if self.overridden else []
         return " + ".join(texts) or BASE
 
     def __bool__(self) -> bool:
-        return bool(self.adapters)
+        return bool(self.adapters or self.overridden)
 
 
 NO_ADAPTERS = Selection()

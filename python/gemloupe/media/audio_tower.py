@@ -26,6 +26,7 @@ from gemloupe.media.audio import (
 )
 from gemloupe.media.content import Content, SoftTokens
 from gemloupe.media.mel import MelOptions, MelStream, log_mel, read_options
+from gemloupe.media.spans import Spans
 from gemloupe.positions import Span
 
 MAX_SECONDS = 30.0
@@ -91,8 +92,12 @@ class AudioTower:
         capture: str | Iterable[str] | Mapping[str, Any] = (),
         edit: Any = None,
         check_finite: bool = False,
+        row: int = 0,
     ) -> Encoding:
-        """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`."""
+        """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`.
+
+        `row`: of a batch, which edit functions are told.
+        """
         features = self.ears.features(clip)
         mix = adapters.of_tower("audio")
         request = capturing.parse(
@@ -103,7 +108,7 @@ class AudioTower:
             return Encoding(tokens, capturing.Captured({}, {}, self.config))
         span = Span(_Rows(self.ears.num_tokens(clip)), 0)
         capturing.check_memory(request, self.config, span, 0, len(span.prompt))
-        bound = capturing.BoundHooks(request, self.config, span, 0)
+        bound = capturing.BoundHooks(request, self.config, span, row)
         bound.core.expected_rows = len(features)
         tokens = self.core.encode(features, _core.AudioState(), True, bound.core, mix)
         captured, _ = bound.take(np.zeros(0, np.int32), list, joined=True)
@@ -149,6 +154,11 @@ class Sound:
             token = self.ears.config.feature_size / SAMPLING_RATE
         first = np.arange(self.ears.num_tokens(self.clip)) * token
         return np.stack([first, first + token], axis=1)
+
+    @property
+    def spans(self) -> Spans:
+        """What each soft token stands for: its frames and seconds."""
+        return Spans(frames=self.frames, seconds=self.times)
 
 
 def encode_audio(
@@ -221,7 +231,11 @@ def read_ears(checkpoint: Checkpoint) -> Ears | None:
     """What a checkpoint hears; None where it has no audio part. ValueError for a wrong config."""
     if not towers.has_audio(checkpoint):
         return None
-    mel = read_options(checkpoint.folder) if checkpoint.folder.is_dir() else MelOptions()
+    if checkpoint.folder.is_dir():
+        mel = read_options(checkpoint.folder)
+    else:
+        bands = checkpoint.config.raw["audio_config"].get("input_feat_size", 128)  # See mmproj.py.
+        mel = MelOptions(feature_size=bands)
     config = read_audio_config(checkpoint.config, mel.feature_size)
     return None if config is None else Ears(config, mel)
 
@@ -233,10 +247,7 @@ def open_tower(checkpoint: Checkpoint, options: _core.AudioTowerOptions) -> Audi
     """
     ears = read_ears(checkpoint)
     if ears is None:
-        raise ValueError(
-            f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B "
-            "checkpoint: load the folder or hub id of the whole model"
-        )
+        raise towers.lacks(checkpoint, "audio", "an E2B, E4B or 12B checkpoint")
     return make_tower(ears, towers.weights(checkpoint, towers.AUDIO), options)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe.adapters.selection import NO_ADAPTERS, Mix, Selection
+from gemloupe.media.spans import Spans
 
 KINDS = ("image", "audio", "video")
 # Soft tokens of one content that are kept, under different adapters.
@@ -104,6 +105,13 @@ class Medium:
     def positions(self) -> np.ndarray:
         """int64 [n]: the indices of its soft tokens among the prompt's ids."""
         return np.concatenate(self.blocks)
+
+    @property
+    def spans(self) -> Spans:
+        """Boxes, frames and seconds of each soft token; None what this medium has not."""
+        source = self.content.source
+        spans: Spans = Spans() if source is None else source.spans
+        return spans
 
     def __repr__(self) -> str:
         first, last = self.blocks[0][0], self.blocks[-1][-1]

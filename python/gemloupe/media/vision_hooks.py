@@ -24,7 +24,7 @@ from gemloupe.prompt import Prompt
 from gemloupe.vision_config import VisionConfig
 
 if TYPE_CHECKING:
-    from gemloupe.model import Model
+    from gemloupe.media.tower_hooks import TowerModel
 
 PREFIX = "vision."
 _CELLS = ("vision.pooled", "vision.standardized", "vision.soft_tokens")
@@ -124,7 +124,7 @@ class VisionRequest:
 
 
 def parse(
-    model: Model,
+    model: TowerModel,
     capture: Mapping[str, Any],
     edit: Sequence[tuple[str, Any]],
     check_finite: bool,
