@@ -28,6 +28,7 @@ import gemloupe as gl
 from adapter_files import write_adapter
 from gemloupe import _core
 from gemloupe.serving.command import Options
+from gemloupe.serving.limits import Access
 from serving import Server, endless, running, wait_until
 from tiny_drafters import make_drafter, save_drafter
 from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
@@ -557,21 +558,17 @@ def test_ctrl_c_lets_running_requests_end() -> None:
         process.communicate()
 
 
-def test_listening_to_others_without_a_key_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listening_to_others_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     from gemloupe.serving import command
 
     monkeypatch.setattr(command, "_uvicorn", lambda: (dict, lambda config: pytest.fail("ran")))
     monkeypatch.setattr(command, "make_service", lambda *_: (_ for _ in ()).throw(KeyError("stop")))
-    for host, warned in (("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)):
-        with pytest.raises(KeyError, match="stop"), _warnings() as caught:
-            command.serve("demo:edge", Options(host=host))
-        assert bool(caught) == warned, host
-
-
-def _warnings() -> Any:
-    import warnings
-
-    return warnings.catch_warnings(record=True)
+    for host, others in (("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)):
+        for access in (Access(), Access(api_key="x"), Access(anybody=True)):
+            refused = others and access == Access()
+            error = pytest.raises(ValueError, match="without a key") if refused else None
+            with error or pytest.raises(KeyError, match="stop"):
+                command.serve("demo:edge", Options(host=host, access=access))
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,8 @@ class Access:
     """Who may use a server."""
 
     api_key: str | None = None
+    anybody: bool = False
+    """Whether a server that others reach may do without a key."""
     hosts: tuple[str, ...] = ()
     """Names that a Host header may have, beside this machine's own; () for any."""
     origins: tuple[str, ...] = ()
