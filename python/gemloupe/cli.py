@@ -332,6 +332,7 @@ def _add_serve(commands: Any) -> None:
     group.add_argument(
         "--adapter-dir", metavar="FOLDER", help="where clients may load adapters from"
     )
+    group.add_argument("--no-page", action="store_true", help="serve no web page at /")
     group = parser.add_argument_group("limits")
     for flag, default, text in (
         ("--max-rows", 8, "answers that are generated at once"),
@@ -386,6 +387,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
         api_key=arguments.api_key or os.environ.get("GEMLOUPE_API_KEY") or None,
         hosts=hosts,
         origins=tuple(arguments.allow_origin),
+        page=not arguments.no_page,
         adapter_folder=Path(arguments.adapter_dir) if arguments.adapter_dir else None,
     )
     serve(
