@@ -423,6 +423,7 @@ def _add_serve(commands: Any) -> None:
     group.add_argument(
         "--adapter-dir", metavar="FOLDER", help="where clients may load adapters from"
     )
+    group.add_argument("--no-page", action="store_true", help="serve no web page at /")
     group = parser.add_argument_group("limits")
     for flag, default, text in (
         ("--max-rows", 8, "answers that are generated at once"),
@@ -536,6 +537,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
         anybody=arguments.no_api_key,
         hosts=hosts,
         origins=tuple(arguments.allow_origin),
+        page=not arguments.no_page,
         adapter_folder=Path(arguments.adapter_dir) if arguments.adapter_dir else None,
     )
     serve(

@@ -67,6 +67,8 @@ def serve(source: str, options: Options) -> None:
         h11_max_incomplete_event_size=64 << 10,
         ws="none",
     )
+    if options.access.page:
+        print(f"A chat for browsers: {_address(options)}", file=sys.stderr)
     server_class(config).run()
 
 
@@ -105,6 +107,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _address(options: Options) -> str:
+    """Where a browser on this machine finds the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    return f"http://[{host}]:{options.port}/" if ":" in host else f"http://{host}:{options.port}/"
 
 
 def _check_key(options: Options) -> None:

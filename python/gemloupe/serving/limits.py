@@ -51,5 +51,7 @@ class Access:
     """Names that a Host header may have, beside this machine's own; () for any."""
     origins: tuple[str, ...] = ()
     """Web pages (scheme://host) that may call, beside this machine's own."""
+    page: bool = True
+    """Whether browsers get the web page at `/`, for which they need no key."""
     adapter_folder: Path | None = None
     """Where clients may load adapters from; None: nowhere."""
