@@ -115,7 +115,10 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     ("argv", "expected"),
     [
         (["generate", "hi", "--model", "./nowhere"], "nowhere"),
-        (["generate", "hi", "--model", "demo:edje"], "expected 'demo:edge', 'demo:moe' or"),
+        (
+            ["generate", "hi", "--model", "demo:edje"],
+            "expected 'demo:edge', 'demo:moe', 'demo:dense' or",
+        ),
         (["inspect", "./nowhere"], "nowhere"),
     ],
 )

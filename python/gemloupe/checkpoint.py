@@ -31,7 +31,7 @@ from gemloupe.safetensors_header import TensorInfo
 if TYPE_CHECKING:
     from gemloupe.tokenizer import Tokenizer
 
-DEMO_NAMES = ("edge", "moe", "dense")
+DEMO_NAMES = ("edge", "moe", "dense", "media")
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
 # Where the text decoder's tensors stand: multimodal, text-only, an older spelling, bare modules.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from gemloupe.checkpoint import DEMO_NAMES
 from gemloupe.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -693,8 +694,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         default=_DEFAULT_MODEL,
-        help="a folder, a .gguf file, a hub id, or demo:edge, demo:moe, demo:dense "
-        f"(default: {_DEFAULT_MODEL})",
+        help="a folder, a .gguf file, a hub id, or "
+        f"{', '.join(f'demo:{name}' for name in DEMO_NAMES)} (default: {_DEFAULT_MODEL})",
     )
     group.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
