@@ -13,8 +13,10 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import gemloupe as gl
+import made_adapters
 from gemloupe import cli, inspect
 from gguf_files import all_of, write_gguf
 from mmproj_files import write_mmproj
@@ -275,3 +277,28 @@ def test_reports_count_the_towers_of_the_file(made: Callable, tmp_path: Path) ->
         write_mmproj(path, made(kind) / "hf")
         report = inspect.describe(made(kind) / "model.gguf", path)
         assert report.parameters == inspect.describe(made(kind) / "hf").parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_towers_fit_the_towers_of_a_file(
+    made: Callable, tmp_path: Path, kind: str
+) -> None:
+    folder = made(kind)
+    write_mmproj(folder / "towers.gguf", folder / "hf")
+    reference = gl.load(folder / "hf", dtype="float32")
+    peft = made_adapters.make(
+        AutoModelForImageTextToText.from_pretrained(folder / "hf"),
+        r=2,
+        use_dora=True,
+        target_modules=r".*(vision|audio|embed).*(q_proj\.linear|\.input_proj|patch_dense|g_projection)",
+    )
+    adapter = made_adapters.save(peft, tmp_path / "adapter")
+    model = loaded(folder, folder / "towers.gguf")
+    plain = np.asarray(model.encode_image(PICTURE, 70))
+    ours, theirs = model.load_adapter(adapter), reference.load_adapter(adapter)
+    model.set_adapter(ours)
+    reference.set_adapter(theirs)
+    assert_same_tokens(model, reference)
+    assert not np.allclose(model.encode_image(PICTURE, 70), plain, atol=1e-3)
+    norms = [[one.base_norm for one in a.report().changes] for a in (ours, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and len(norms[0]) > 1

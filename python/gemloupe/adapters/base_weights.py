@@ -25,6 +25,8 @@ class BaseWeights:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._files = model.checkpoint.files
+        self._restored: dict[str, np.ndarray] = {}
+        """Tensors of an mmproj file that stand in it otherwise."""
         self._towers = {
             name.removeprefix("model."): model.checkpoint.tensors[name]
             for names in model.checkpoint.towers.values()
@@ -45,6 +47,11 @@ class BaseWeights:
         stored = self._towers.get(name)
         if stored is None:
             return self._model.loaded_weights.rows(name, ids)
+        full = f"model.{name}"
+        if full in self._model.checkpoint.restore:
+            if name not in self._restored:
+                self._restored[name] = towers.restored(self._model.checkpoint, full)
+            return np.atleast_2d(self._restored[name])[np.asarray(ids)]
         dtype, shape = self.dtype(name), stored.info.shape or (1,)
         if dtype not in _STORED:
             raise ValueError(
