@@ -103,6 +103,19 @@ def test_prompts_with_pictures_give_the_logits_of_the_checkpoint(
     assert model.config.image_token_id == MEDIA_IDS["image_token_id"]
 
 
+@pytest.mark.parametrize("wanted", [Type.F32, Type.F16])
+def test_adapters_read_the_weights_of_the_checkpoint(
+    made: Callable, tmp_path: Path, wanted: Type
+) -> None:
+    folder = made("e2b")
+    held = write_mmproj(tmp_path / "towers.gguf", folder / "hf", wanted)
+    base = loaded(folder, tmp_path / "towers.gguf").adapters.base
+    for name in ("patch_embedder.input_proj.weight", "encoder.layers.1.mlp.up_proj.linear.weight"):
+        expected = held[f"model.vision_tower.{name}"]
+        rows = base.rows(f"vision_tower.{name}", range(3, 9))
+        assert np.array_equal(rows, expected[3:9])
+
+
 def beside(made: Callable, tmp_path: Path, *names: str) -> Path:
     """A folder with a model and these copies of its towers' file."""
     folder = made("e2b")

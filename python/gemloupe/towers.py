@@ -70,7 +70,7 @@ def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
 
 
 def restored(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    """A tensor that an mmproj file holds changed, float32 in the checkpoint's shape."""
+    """A tensor that an mmproj file holds changed (`checkpoint.restore`), float32."""
     stored = checkpoint.tensors[name]
     return checkpoint.restore[name](_read_plain(checkpoint.files[stored.file], stored.info))
 

@@ -17,7 +17,8 @@ _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class BaseWeights:
-    """Rows of tensors as float32: the text decoder's as the model holds them, towers' as stored.
+    """Rows of tensors as float32: the text decoder's as the model holds them, towers' as stored
+    (of an mmproj file, as the checkpoint has them).
 
     Names are those of the checkpoint without the text decoder's prefix, or of towers "model.".
     """
@@ -25,8 +26,6 @@ class BaseWeights:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._files = model.checkpoint.files
-        self._restored: dict[str, np.ndarray] = {}
-        """Tensors of an mmproj file that stand in it otherwise."""
         self._towers = {
             name.removeprefix("model."): model.checkpoint.tensors[name]
             for names in model.checkpoint.towers.values()
@@ -47,17 +46,15 @@ class BaseWeights:
         stored = self._towers.get(name)
         if stored is None:
             return self._model.loaded_weights.rows(name, ids)
-        full = f"model.{name}"
-        if full in self._model.checkpoint.restore:
-            if name not in self._restored:
-                self._restored[name] = towers.restored(self._model.checkpoint, full)
-            return np.atleast_2d(self._restored[name])[np.asarray(ids)]
         dtype, shape = self.dtype(name), stored.info.shape or (1,)
         if dtype not in _STORED:
             raise ValueError(
                 f"{self._files[stored.file].name}: {name} has the type {stored.info.dtype}; "
                 "expected F32, BF16 or F16"
             )
+        checkpoint, full = self._model.checkpoint, stored.info.name
+        if full in checkpoint.restore:
+            return towers.restored(checkpoint, full).reshape(-1, shape[-1])[list(ids)]
         cols = shape[-1]
         width = cols * (4 if dtype == "float32" else 2)
         size, begin = len(ids) * width, stored.info.begin + (ids[0] if len(ids) else 0) * width
