@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from gemloupe.media.videos import Video
 from gemloupe.media.vision_hooks import vision_points
 
 if TYPE_CHECKING:
+    from gemloupe.adapters.selection import Selection
     from gemloupe.config import ModelConfig
     from gemloupe.model import Model
     from gemloupe.prompt import Prompt
@@ -134,12 +136,17 @@ def point_shape(point: hooks.HookPoint, source: Source) -> tuple[int, ...]:
     return point.row_shape
 
 
+def _given(tokens: np.ndarray, _adapters: Selection) -> np.ndarray:
+    return tokens
+
+
 class GemloupeTowers:
     """A gemloupe model's own towers."""
 
-    def __init__(self, model: Model, side: str) -> None:
-        """`side`: "model" or "reference", for messages."""
+    def __init__(self, model: Model, side: str, adapters: Selection) -> None:
+        """`side`: "model" or "reference", for messages. `adapters`: those of its calls."""
         self._model = model
+        self._adapters = model.adapters.media(adapters)
         self._side = side
         self._held: dict[int, tuple[Content, np.ndarray]] = {}
 
@@ -153,10 +160,12 @@ class GemloupeTowers:
         capture = tower_hooks.TowerCapture(
             wanted if tower == "vision" else {}, wanted if tower == "audio" else {}
         )
-        _, request = tower_hooks.parse(self._model, capture, None, False)
+        _, request = tower_hooks.parse(self._model, capture, None, False, self._adapters)
         kind = "image" if tower == "vision" else "audio"
         count = source.soft_tokens if isinstance(source, Image) else len(source.times)
-        content = Content(kind, (count,), lambda: self._encode(source), source=source)
+        content = Content(
+            kind, (count,), lambda _: self._encode(source), source=source, adapters=self._adapters
+        )
         alone = dataclasses.replace(prompt, media=(Medium(content, 0, (np.arange(count),)),))
         inside = tower_hooks.encode(self._model, alone, request, 0)
         arrays = {name: inside.arrays[name] for name in names}
@@ -180,7 +189,10 @@ class GemloupeTowers:
         for medium in prompt.media:
             tokens = self.soft_tokens(medium)
             content = medium.content
-            own = dataclasses.replace(content, _held=[tokens])
+            given = functools.partial(_given, tokens)
+            own = dataclasses.replace(
+                content, encode=given, adapters=self._adapters, fixed=True, _held={}
+            )
             media.append(Medium(own, medium.index, medium.blocks))
         return dataclasses.replace(prompt, media=tuple(media))
 
@@ -188,8 +200,8 @@ class GemloupeTowers:
         self._check(source)
         if isinstance(source, Image):
             assert self._model.vision is not None
-            return self._model.vision.encode(source)
-        return self._model.audio_tower.encode(source.clip).soft_tokens
+            return self._model.vision.encode(source, self._adapters)
+        return self._model.audio_tower.encode(source.clip, adapters=self._adapters).soft_tokens
 
     def _check(self, source: Source) -> None:
         if isinstance(source, Sound):
