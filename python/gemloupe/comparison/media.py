@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import functools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemloupe import hooks
+from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.errors import quoted
 from gemloupe.media import Content, Medium, blocks, tower_hooks
 from gemloupe.media.audio_tower import Sound, read_ears
@@ -25,7 +25,6 @@ from gemloupe.media.videos import Video
 from gemloupe.media.vision_hooks import vision_points
 
 if TYPE_CHECKING:
-    from gemloupe.adapters.selection import Selection
     from gemloupe.config import ModelConfig
     from gemloupe.model import Model
     from gemloupe.prompt import Prompt
@@ -136,18 +135,14 @@ def point_shape(point: hooks.HookPoint, source: Source) -> tuple[int, ...]:
     return point.row_shape
 
 
-def _given(tokens: np.ndarray, _adapters: Selection) -> np.ndarray:
-    return tokens
-
-
 class GemloupeTowers:
     """A gemloupe model's own towers."""
 
-    def __init__(self, model: Model, side: str, adapters: Selection) -> None:
-        """`side`: "model" or "reference", for messages. `adapters`: those of its calls."""
+    def __init__(self, model: Model, side: str, adapters: Selection = NO_ADAPTERS) -> None:
+        """`side`: "model" or "reference", for messages. `adapters`: what the side runs under."""
         self._model = model
-        self._adapters = model.adapters.media(adapters)
         self._side = side
+        self._adapters = model.adapters.media(adapters)
         self._held: dict[int, tuple[Content, np.ndarray]] = {}
 
     def values(
@@ -189,10 +184,7 @@ class GemloupeTowers:
         for medium in prompt.media:
             tokens = self.soft_tokens(medium)
             content = medium.content
-            given = functools.partial(_given, tokens)
-            own = dataclasses.replace(
-                content, encode=given, adapters=self._adapters, fixed=True, _held={}
-            )
+            own = dataclasses.replace(content, adapters=NO_ADAPTERS, fixed=True, _held={(): tokens})
             media.append(Medium(own, medium.index, medium.blocks))
         return dataclasses.replace(prompt, media=tuple(media))
 

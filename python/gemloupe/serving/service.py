@@ -141,6 +141,7 @@ class Service:
                     seed = (seed + (index * request.choices + choice) * _CHOICE_SEED) % 2**63
                 more = {"seed": seed, "drafter": found.served.drafter}
                 row = make_rows(model, prompt, {**arguments, **more})[0]
+                row.streams_experts = request.streams_routing
                 check_capture_size(row, model.config.text, self.limits.max_capture)
                 rows.append(row)
         return rows
