@@ -407,9 +407,10 @@ class Model:
         None), 560 or 1120, of every image, or a list of one number an image of `images`; a part
         may say its own.
 
-        A call encodes them under its own adapters; before, `prompt.media` are under active ones.
+        A call encodes images and sounds under its own adapters: its result's `.prompt` has them so,
+        a prompt that no call has read has them under none.
         """
-        prepared = prepare(
+        return prepare(
             x,
             self.tokenizer,
             self.config,
@@ -422,10 +423,6 @@ class Model:
             max_soft_tokens=max_soft_tokens,
             reader=self.media_reader,
         )
-        of_media = self.adapters.media(self.adapters.active())
-        if isinstance(prepared, list):
-            return [prompt.under(of_media) for prompt in prepared]
-        return prepared.under(of_media)
 
     def run(self, x: Any, **arguments: Any) -> Any:
         """Runs the model over `x` and returns a `Run` (a batch: a list of them).
