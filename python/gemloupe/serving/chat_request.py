@@ -56,9 +56,7 @@ def read_chat(body: Mapping[str, Any], limits: Limits) -> GenerateRequest:
     """Reads a /v1/chat/completions body. ApiError 400 naming the field."""
     fields = Fields(_flat(body))
     arguments = _common(fields, limits, fields.integer("max_completion_tokens", 1, 2**31))
-    messages = read_messages(
-        fields.get("messages"), max_images=limits.max_images, max_sounds=limits.max_sounds
-    )
+    messages = read_messages(fields.get("messages"), limits)
     thinking, budget = _thinking(fields)
     arguments["thinking"] = thinking
     if budget is not None:

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ def routes(service: Service) -> APIRouter:
         def ids_of() -> list[int]:
             service.check_length(found.served.model, messages or text)
             if messages is not None:
-                chat = read_messages(messages, max_images=0)
+                words = replace(service.limits, max_images=0, max_sounds=0, max_videos=0)
+                chat = read_messages(messages, words)
                 ids: list[int] = found.served.model.prepare(chat).ids.tolist()
                 return ids
             return tokenizer.encode(text, bos="auto" if bos is not False else False)
