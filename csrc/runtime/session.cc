@@ -67,6 +67,9 @@ StatusOr<int> Session::Submit(RowRequest request) {
   if (request.ids.empty()) {
     return absl::InvalidArgumentError("the prompt has no tokens; expected at least one (BOS)");
   }
+  if (!std::is_sorted(request.cuts.begin(), request.cuts.end())) {
+    return absl::InvalidArgumentError("the cuts of the prompt are not ascending");
+  }
   for (const int32_t id : request.ids) {
     if (id < 0 || id >= model_->config().vocab_size) {
       return absl::InvalidArgumentError(absl::StrCat(
@@ -169,10 +172,13 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   const auto prompt = static_cast<int64_t>(row.request.ids.size());
   const bool wants_prompt = row.request.prompt_logprobs >= 0;
   int64_t chunk = wants_prompt ? std::min(chunk_, kLogitsChunk) : chunk_;
-  // A pass that sees later positions can't be cut.
-  if (model_->config().bidirectional == "all") chunk = prompt;
   const int64_t begin = row.prefilled;
   int64_t end = std::min(prompt, begin + chunk);
+  const std::vector<int64_t>& cuts = row.request.cuts;
+  const auto cut = std::upper_bound(cuts.begin(), cuts.end(), begin);
+  if (cut != cuts.end()) end = std::min(end, *cut);
+  // A pass that sees later positions can't be cut.
+  if (model_->config().bidirectional == "all") end = prompt;
   const MediaInput* media = row.request.media.get();
   if (media != nullptr) end = media->ChunkEnd(begin, end);
   PassRequest pass;

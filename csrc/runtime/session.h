@@ -32,6 +32,8 @@ struct RowRequest {
   std::shared_ptr<Hooks> hooks;             // null: nobody looks
   std::shared_ptr<TokenMask> mask;          // asked before every token; null: any id
   std::shared_ptr<const MediaInput> media;  // of the ids; null: words only
+  // Counts of ids, ascending, at which a pass over the prompt ends too: the cache is then a prefix.
+  std::vector<int64_t> cuts;
   AdapterMix adapters;
   // Guesses tokens that a pass then checks together; null: none. The tokens are those that the row would
   // choose without. Rows with edits, captures that keep no rows, or a mask go without guesses, and so
