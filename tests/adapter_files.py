@@ -8,17 +8,24 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gemloupe.adapters.modules import modules_of
+from gemloupe.adapters.modules import modules_of, towers_of
 from gemloupe.checkpoint import open_checkpoint
 
 
 def write_adapter(
-    folder: Path, source: str | Path, *, end: str = "q_proj", rank: int = 4, seed: int = 0
+    folder: Path,
+    source: str | Path,
+    *,
+    end: str | tuple[str, ...] = "q_proj",
+    rank: int = 4,
+    seed: int = 0,
 ) -> Path:
     """Writes a random LoRA adapter of every linear of `source` whose path ends with `end`."""
     generator = np.random.default_rng(seed)
     tensors = {}
-    for module in modules_of(open_checkpoint(source).config.text).values():
+    checkpoint = open_checkpoint(source)
+    text, towers = modules_of(checkpoint.config.text), towers_of(checkpoint).modules
+    for module in (*text.values(), *towers.values()):
         if module.path.endswith(end) and len(module.shape) == 2:
             name = f"base_model.model.model.{module.path}"
             a = generator.standard_normal((rank, module.inputs)) / module.inputs**0.5

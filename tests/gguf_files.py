@@ -151,7 +151,8 @@ def _stored(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
-            if "language_model" in name or name.startswith("model."):
+            tower = any(part in name for part in ("vision", "audio"))
+            if not tower and ("language_model" in name or name.startswith("model.")):
                 yield name, tensor.float().numpy()
 
 

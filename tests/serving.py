@@ -18,7 +18,8 @@ from gemloupe.serving.command import Options, make_service
 def running(source: str = "demo:edge", options: Options | None = None) -> Iterator[Server]:
     """Serves inside the block."""
     service = make_service(source, options or Options())
-    config = uvicorn.Config(make_app(service, drain=5.0), port=0, log_level="error", ws="none")
+    app = make_app(service, drain=5.0)
+    config = uvicorn.Config(app, port=0, log_level="error", http="h11", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -165,18 +165,6 @@ def test_sharing_layers_and_towers_are_listed_as_ignored(base, made, tmp_path):
     assert "3 problems" in text and "layer 8 reads" in text
 
 
-def test_tensors_of_a_tower_that_runs_unadapted_warn(tiny, tmp_path):
-    base, folder = tiny("e2b", towers="tiny")
-    targets = r".*language_model.*q_proj|.*embed_vision.embedding_projection"
-    peft = made_adapters.make(base, target_modules=targets, r=2)
-    model = gl.load(folder, dtype="float32")
-    with pytest.warns(UserWarning, match="2 tensors are not applied"):
-        adapter = model.load_adapter(made_adapters.save(peft, tmp_path / "a"))
-    assert {one.reason for one in adapter.report().ignored} == {
-        "embed_vision is run without adapters by this version"
-    }
-
-
 # What is refused.
 
 
@@ -217,7 +205,9 @@ def test_an_adapter_of_another_model_says_which(base, made, tmp_path):
     ("fields", "expected"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'; expected 'LORA'"),
-        ({"peft_type": "PROMPT_TUNING"}, "merge_and_unload"),
+        ({"peft_type": "PROMPT_TUNING"}, "is no part of the weights; train a LoRA adapter"),
+        ({"peft_type": "TRAINABLE_TOKENS"}, "or train LoRA with trainable_token_indices"),
+        ({"peft_type": "OFT"}, "merge_and_unload"),
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is [5, 6]; expected"),
         ({"layer_replication": [[0, 4]]}, "layer_replication is"),
         ({"megatron_config": {"x": 1}}, "megatron_config is"),

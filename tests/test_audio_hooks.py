@@ -182,7 +182,7 @@ def test_a_run_without_a_sound_has_no_tower(model: gl.Model, clip: np.ndarray) -
     with pytest.raises(ValueError, match="soft tokens of an unknown sound"):
         model.run("<|audio|>", audio=tokens, capture="audio.encoded")
     kept = model.run("<|audio|>", audio=clip, keep=True)
-    with pytest.raises(ValueError, match="a repeated run encodes no sound"):
+    with pytest.raises(ValueError, match="a repeated run encodes no image and no sound"):
         model.run(kept, capture="audio.encoded")
 
 

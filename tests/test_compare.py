@@ -64,6 +64,13 @@ def test_equal_models_do_not_diverge(tiny, variant, text_only):
     assert report.positions[40] == (1, 0)
 
 
+def test_prompts_longer_than_a_chunk_do_not_diverge(tiny):
+    model, folder = tiny("31b")
+    points = ["layers.0.attn.keys", "layers.0.attn.values", "layers.0.attn.z"]
+    report = gl.compare(gl.load(folder, "float32"), model, random_ids(600), points=points)
+    assert {point.verdict for point in report.points} <= EXPLAINED and len(report.points) == 3
+
+
 @pytest.mark.parametrize(
     ("variant", "tensor", "change", "point"),
     [

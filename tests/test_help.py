@@ -29,7 +29,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     hearing = make_tiny("e2b", towers="audio", media_ids=True)
     save_tiny_tokenizer(save_tiny(hearing, tmp_path / "gemma-4-E2B-it"))
     write_adapter(tmp_path / ADAPTER, docs_blocks.DEMO)
+    write_adapter(
+        tmp_path / "seeing-adapter",
+        tmp_path / "gemma-4-26B-A4B-it",
+        end=("layers.0.self_attn.q_proj", "q_proj.linear", "embedding_projection"),
+    )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 

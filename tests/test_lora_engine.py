@@ -65,7 +65,7 @@ class Change:
                     self.weights[name] = change_of
                 else:
                     self.weights[name] = lambda w, change=change: w + change
-                self.adapter.add(layer, module, a, b, self.scale, None, gain)
+                self.adapter.add(layer, module, a, b, self.scale, gain)
 
     def write(self, source, target):
         tensors = load_file(source / "model.safetensors")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -17,6 +20,9 @@ from adapter_files import write_adapter
 from gemloupe import _core
 from gemloupe.generation import Generation, make_rows
 from gemloupe.prefix_cache import pass_ends
+from gemloupe.serving.command import Options
+from gemloupe.serving.limits import Limits
+from serving import Server, running
 from tiny_models import MEDIA_IDS, random_ids
 
 # Longer than every window (7 to 12) and than a pass (512).
@@ -254,6 +260,20 @@ def test_a_row_that_runs_while_weights_change_stores_nothing(tiny, tmp_path) -> 
     assert len(prefixes) == 0
 
 
+def test_overridden_weights_neither_read_nor_leave_prefixes(load) -> None:
+    model = load("e2b", "int4")
+    prefixes = model.prefix_cache()
+    plain = generate(model, LONG, prefixes)
+    held = len(prefixes)
+    name = "layers.0.mlp.down_proj.weight"
+    with model.override({name: 1.5 * model.weights[name]}):
+        changed = generate(model, LONG, prefixes)
+        assert_same(changed, generate(model, LONG))
+    assert cached(changed) == 0 and len(prefixes) == held
+    assert changed.logprobs != plain.logprobs
+    assert_same(generate(model, LONG, prefixes), plain)
+
+
 def test_what_was_used_longest_ago_goes_at_the_limit(load) -> None:
     model = load("31b", "int4")
     whole = model.prefix_cache()
@@ -362,3 +382,89 @@ def test_passes_end_at_multiples_of_512_and_around_blocks_of_media() -> None:
     assert pass_ends(1024, []) == [512, 1024]
     assert pass_ends(2000, [(500, 600), (1100, 1300)]) == [500, 1012, 1524]
     assert pass_ends(2000, [(0, 700)]) == [700, 1212, 1724]
+
+
+RULES = {"role": "system", "content": "You add numbers. " + "Think of every digit. " * 20}
+
+
+def ask(http: httpx.Client, question: str, **fields: Any) -> dict[str, Any]:
+    messages = [RULES, {"role": "user", "content": question}]
+    body = {"messages": messages, "temperature": 0, "logprobs": True, "top_logprobs": 5}
+    answer = http.post("/v1/chat/completions", json={**body, "max_tokens": 8, **fields})
+    answer.raise_for_status()
+    return answer.json()
+
+
+def said(answer: dict[str, Any]) -> tuple[Any, Any]:
+    return answer["choices"][0]["message"], answer["choices"][0]["logprobs"]
+
+
+def of_prompt(answer: dict[str, Any]) -> int:
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[Server, httpx.Client]]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(prefix_bytes: int | None = None) -> tuple[Server, httpx.Client]:
+            limits = Limits(prefix_bytes=prefix_bytes)
+            options = Options(load={"dtype": "int4"}, limits=limits)
+            server = stack.enter_context(running("demo:edge", options))
+            return server, stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
+
+        yield start
+
+
+def test_a_server_answers_an_unedited_prompt_after_an_edited_one_as_a_new_server(serve) -> None:
+    _, cold_http = serve()
+    server, http = serve()
+    question = "What is 27 + 45?"
+    edit = {"layers.1.resid_post": {"do": "scale", "factor": 3.0, "positions": [5]}}
+    edited = ask(http, question, edit=edit)
+    assert len(server.scheduler.prefixes) == 0
+    warm, cold = ask(http, question), ask(cold_http, question)
+    assert said(warm) == said(cold) and said(edited) != said(cold)
+    again = ask(http, question)
+    assert said(again) == said(cold)
+    assert of_prompt(again) > of_prompt(warm) == 0
+    assert said(ask(http, question, edit=edit)) == said(edited)
+    assert said(ask(http, question)) == said(cold)
+
+
+def test_a_server_counts_what_it_did_not_read_and_forgets_it_in_the_end(serve) -> None:
+    server, http = serve()
+    first, second = (ask(http, f"What is 2 + {n}?") for n in (3, 4))
+    assert of_prompt(first) == 0
+    shared = of_prompt(second)
+    assert 200 < shared < second["usage"]["prompt_tokens"]
+    timings = second["choices"][0]["gemloupe"]["timings"]
+    assert timings["cached_tokens"] == shared
+    assert timings["prefill_tokens"] == second["usage"]["prompt_tokens"] - shared
+    body = {"model": "x", "messages": [RULES, {"role": "user", "content": "What is 2 + 4?"}]}
+    counted = http.post("/api/chat", json={**body, "stream": False}).json()["prompt_eval_count"]
+    assert counted == second["usage"]["prompt_tokens"]
+    metrics = http.get("/metrics").text
+    assert 'gemloupe_prefix_hits_total{model="demo:edge"} 2' in metrics
+    assert 'gemloupe_prefix_evicted_total{model="demo:edge"} 0' in metrics
+    assert (
+        f'gemloupe_prefix_bytes{{model="demo:edge"}} {server.scheduler.prefixes.nbytes}' in metrics
+    )
+    server.scheduler.close()
+    assert len(server.scheduler.prefixes) == 0 and server.scheduler.prefixes.nbytes == 0
+
+
+def test_clients_at_once_get_the_answers_of_a_server_that_keeps_nothing(serve) -> None:
+    server, http = serve()
+    plain, plain_http = serve(prefix_bytes=0)
+    assert plain.scheduler.prefixes is None
+    questions = [f"What is {n} + {n * n}?" for n in range(1, 9)]
+    expected = [said(ask(plain_http, question)) for question in questions]
+    assert "gemloupe_prefix_bytes_limit" in plain_http.get("/metrics").text
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            answers = list(pool.map(lambda question: ask(http, question), questions))
+            assert [said(answer) for answer in answers] == expected
+    several = ask(http, questions[0], n=3, seed=1)
+    assert [choice["message"] for choice in several["choices"]] == [expected[0][0]] * 3
+    assert server.scheduler.prefixes.stats.hits > 16

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import gemloupe as gl
+from adapter_files import write_adapter
 from gemloupe import activation_file
 from gemloupe.activation_file import from_bfloat16, to_bfloat16
 from tiny_models import random_ids
@@ -188,6 +189,22 @@ def test_a_disk_without_room_is_noticed_before_anything_is_computed(model, path,
     with pytest.raises(OSError, match=r"for 53 rows; its disk has 19.53 KiB") as error:
         gl.record(model, ROWS, "embed", path)
     assert error.value.errno == 28 and not listing(path.parent)
+
+
+@pytest.mark.parametrize("active", [True, False], ids=["set_adapter", "adapter="])
+def test_what_an_adapter_adds_is_recorded(tmp_path, path, active):
+    model = gl.load("demo:moe")
+    model.load_adapter(write_adapter(tmp_path / "a", "demo:moe"))
+    names = ["layers.1.resid_post", "lora.a.layers.1.attn.q_proj"]
+    if active:
+        model.set_adapter("a")
+    gl.record(model, ROWS, names, path, adapter=None if active else "a")
+    model.set_adapter(None)
+    for name, stored in gl.open_activations(path).items():
+        want = [model.run(ids, capture=names, adapter="a")[name] for ids in ROWS]
+        np.testing.assert_array_equal(stored, np.concatenate(want))
+    with pytest.raises(KeyError, match="is no change of an adapter"):
+        gl.record(model, ROWS, names, tmp_path / "other")
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["list", "generator"])

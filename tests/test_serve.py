@@ -590,7 +590,15 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
-def test_images_and_sounds_are_read_from_the_request(seeing: Server) -> None:
+@pytest.mark.parametrize("adapter", [None, "towers"])
+def test_images_and_sounds_are_read_from_the_request(
+    seeing: Server, tmp_path: Path, adapter: str | None
+) -> None:
+    if adapter:  # They are encoded under it, too.
+        ends = ("q_proj.linear", "embedding_projection")
+        seeing.model.load_adapter(
+            write_adapter(tmp_path / adapter, seeing.model.checkpoint.folder, end=ends)
+        )
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     png, wav = io.BytesIO(), io.BytesIO()
     PIL.Image.fromarray(picture).save(png, "PNG")
@@ -613,11 +621,12 @@ def test_images_and_sounds_are_read_from_the_request(seeing: Server) -> None:
         client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="x", max_retries=0)
         chat = [{"role": "user", "content": [theirs, text]}]
         answer = client.chat.completions.create(
-            model="x", messages=chat, max_tokens=3, temperature=0, logprobs=True
-        )
+            model="x", messages=chat, max_tokens=3, temperature=0, logprobs=True,
+            extra_body={"adapter": adapter} if adapter else {},
+        )  # fmt: skip
         out = seeing.model.generate(
             [{"role": "user", "content": [mine, text]}],
-            max_new_tokens=3, temperature=0, logprobs=1,
+            max_new_tokens=3, temperature=0, logprobs=1, adapter=adapter,
         )  # fmt: skip
         got = [entry.logprob for entry in answer.choices[0].logprobs.content]
         assert got == [logprob for logprob, _ in out.logprobs]

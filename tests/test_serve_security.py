@@ -180,6 +180,8 @@ def test_what_is_no_json_object_is_refused(http: httpx.Client, body: bytes) -> N
         ({"thinking_mode": "enabled", "think": False}, "turns thinking on and off"),
         ({"logit_cap": 0}, "logit_cap is 0.0"),
         ({"capture": "layers.*.nothing"}, "nothing"),
+        ({"capture": ["vision.soft_tokens"]}, "is of a tower; a server looks into the text model"),
+        ({"edit": {"audio.mel": {"do": "zero"}}}, "edit: 'audio.mel' is of a tower"),
         ({"capture": "layers.*.resid_post", "max_tokens": 3000}, "captures and routing may take"),
         ({"edit": {"layers.0.resid_post": "zero"}}, "edit['layers.0.resid_post'] is 'zero'"),
         ({"edit": {"layers.0.resid_post": {"do": "sae", "folder": "/"}}}, "expected"),

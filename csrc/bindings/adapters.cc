@@ -25,15 +25,18 @@ class OpenAdapter {
       : builder_(model.config(), ParseHeld(dtype)), adapter_(std::make_shared<Adapter>()) {}
 
   void Add(int layer, const std::string& module, const Floats& a, const Floats& b, float scale,
-           const std::optional<Floats>& bias, const std::optional<Floats>& gain) {
-    AdapterBuilder::LowRank values = {ValuesOf(a), ValuesOf(b), scale, VectorOf(bias),
-                                      VectorOf(gain)};
+           const std::optional<Floats>& gain) {
+    AdapterBuilder::LowRank values = {ValuesOf(a), ValuesOf(b), scale, VectorOf(gain)};
     ThrowIfError(
         builder_.AddLowRank(ValueOrThrow(ParseAdaptedModule(module)), layer, values, Filled()));
   }
   void Replace(int layer, const std::string& module, const Floats& weight) {
     ThrowIfError(builder_.Replace(ValueOrThrow(ParseAdaptedModule(module)), layer, ValuesOf(weight),
                                   Filled()));
+  }
+  void Shift(int layer, const std::string& module, const Floats& shift) {
+    ThrowIfError(
+        builder_.Shift(ValueOrThrow(ParseAdaptedModule(module)), layer, VectorOf(shift), Filled()));
   }
   void ReplaceRows(const std::string& module, const std::vector<int32_t>& ids, const Floats& rows) {
     ThrowIfError(builder_.ReplaceRows(ValueOrThrow(ParseAdaptedModule(module)), ids, ValuesOf(rows),
@@ -97,19 +100,19 @@ void BindAdapters(py::module_& module) {
       .def(py::init<const TextModel&, const std::string&>(), py::arg("model"), py::arg("dtype"),
            "For models of the same sizes as `model`; A and B are held in dtype.")
       .def("add", &OpenAdapter::Add, py::arg("layer"), py::arg("module"), py::arg("a"),
-           py::arg("b"), py::arg("scale"), py::arg("bias") = py::none(),
-           py::arg("gain") = py::none(),
-           "y = gain · (W x + scale · (B A x + bias)), a [r, in], b [out, r]; layer −1 outside the "
-           "layers.")
+           py::arg("b"), py::arg("scale"), py::arg("gain") = py::none(),
+           "y = gain · (W x + scale · B A x), a [r, in], b [out, r]; layer −1 outside the layers.")
       .def(
           "add_experts",
           [](OpenAdapter& adapter, int layer, const std::string& module, const Floats& a,
              const Floats& b,
-             float scale) { adapter.Add(layer, module, a, b, scale, std::nullopt, std::nullopt); },
+             float scale) { adapter.Add(layer, module, a, b, scale, std::nullopt); },
           py::arg("layer"), py::arg("module"), py::arg("a"), py::arg("b"), py::arg("scale"),
           "The same for every expert: a [E, r, in], b [E, out, r].")
       .def("replace", &OpenAdapter::Replace, py::arg("layer"), py::arg("module"), py::arg("weight"),
            "A matrix in place of the module's.")
+      .def("shift", &OpenAdapter::Shift, py::arg("layer"), py::arg("module"), py::arg("shift"),
+           "Adds a vector [out] to a module's outputs, beside its other change or alone.")
       .def("replace_rows", &OpenAdapter::ReplaceRows, py::arg("module"), py::arg("ids"),
            py::arg("rows"), "Rows of embeddings or of the head for some tokens, ascending.")
       .def_property_readonly("nbytes", &OpenAdapter::nbytes);

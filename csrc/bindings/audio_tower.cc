@@ -20,7 +20,7 @@ std::shared_ptr<AudioTower> Load(const AudioConfig& config, Weights& weights,
 
 // Soft tokens [n, D].
 py::array_t<float> Encode(AudioTower& tower, const Floats& features, AudioState& state, bool last,
-                          const std::shared_ptr<Hooks>& hooks) {
+                          const std::shared_ptr<Hooks>& hooks, const PyAdapterMix& adapters) {
   if (features.ndim() != 2 || features.shape(1) != tower.config().feature_size) {
     throw py::value_error("encode: features are not [F, feature_size]");
   }
@@ -29,6 +29,7 @@ py::array_t<float> Encode(AudioTower& tower, const Floats& features, AudioState&
   request.features = ConstMatrix(features.data(), features.shape(0), features.shape(1));
   request.last = last;
   request.hooks = hooks.get();
+  request.adapters = UseAdapters(adapters);
   request.stopped = [&] { return stopped(); };
   std::vector<float> soft_tokens;
   ThrowIfError(WithoutGil([&] { return tower.Encode(request, state, soft_tokens); }));
@@ -77,7 +78,7 @@ void BindAudioTower(py::module_& module) {
       .def_property_readonly("copied_bytes", &AudioTower::copied_bytes)
       .def_property_readonly("mapped_bytes", &AudioTower::mapped_bytes)
       .def("encode", &Encode, py::arg("features"), py::arg("state"), py::arg("last"),
-           py::arg("hooks") = nullptr,
+           py::arg("hooks") = nullptr, py::arg("adapters") = PyAdapterMix(),
            "Soft tokens [n, D] that a sound's next features [F, feature_size] complete.");
 }
 

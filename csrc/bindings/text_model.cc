@@ -20,6 +20,21 @@ std::shared_ptr<TextModel> Load(const TextConfig& config, Weights& weights,
   }));
 }
 
+std::shared_ptr<TextModel> Override(std::shared_ptr<TextModel> base,
+                                    const std::vector<std::pair<std::string, Floats>>& weights,
+                                    const std::string& dtype) {
+  const DType held = ValueOrThrow(ParseDType(dtype));
+  if (!IsPlain(held)) throw py::value_error("override: dtype is '" + dtype + "'");
+  TextModel::NewWeights views;
+  for (const auto& [name, values] : weights) {
+    views.emplace_back(name, TensorView{values.data(),
+                                        DType::kFloat32,
+                                        {values.shape(), values.shape() + values.ndim()}});
+  }
+  return ValueOrThrow(
+      WithoutGil([&] { return TextModel::Override(std::move(base), views, held); }));
+}
+
 py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& name,
                                   const std::vector<int64_t>& ids) {
   std::vector<float> values =
@@ -29,12 +44,20 @@ py::array_t<float> ReadWeightRows(const TextModel& model, const std::string& nam
   return ToArray(std::move(values), {rows, cols});
 }
 
-// logits [rows, V], or None without rows.
+// What softmax of the logits says of one id a row; filled by `run`.
+struct TokenScores {
+  std::vector<int32_t> targets;
+  py::array_t<float> logprobs;
+  py::array_t<float> entropy;
+};
+
+// logits [rows, V or vocab], or None without rows.
 py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<KvCache> cache,
                     int64_t logits_begin, int64_t logits_end, const std::shared_ptr<Hooks>& hooks,
                     std::optional<float> softcap, int64_t chunk, int first_layer,
                     const std::optional<Floats>& resid_pre, const PyAdapterMix& adapters,
-                    const std::shared_ptr<MediaInput>& media) {
+                    const std::shared_ptr<MediaInput>& media, std::vector<int32_t> vocab,
+                    TokenScores* scores) {
   SignalCheck stopped;
   RunRequest request;
   if (resid_pre.has_value()) {
@@ -57,10 +80,24 @@ py::object RunModel(TextModel& model, std::vector<int32_t> ids, std::shared_ptr<
   request.softcap = softcap;
   request.chunk = chunk;
   request.stopped = [&] { return stopped(); };
-  std::vector<float> logits;
-  ThrowIfError(WithoutGil([&] { return Run(model, request, logits); }));
+  request.vocab = std::move(vocab);
+  if (scores != nullptr) request.targets = scores->targets;
+  RunResult result;
+  ThrowIfError(WithoutGil([&] { return Run(model, request, result); }));
+  if (scores != nullptr) {
+    const auto rows = static_cast<py::ssize_t>(result.scores.size());
+    std::vector<float> logprobs, entropy;
+    for (const TokenScore& score : result.scores) {
+      logprobs.push_back(score.logprob);
+      entropy.push_back(score.entropy);
+    }
+    scores->logprobs = ToArray(std::move(logprobs), {rows});
+    scores->entropy = ToArray(std::move(entropy), {rows});
+  }
   if (logits_end <= logits_begin) return py::none();
-  return ToArray(std::move(logits), {logits_end - logits_begin, model.config().vocab_size});
+  const auto cols = request.vocab.empty() ? static_cast<py::ssize_t>(model.config().vocab_size)
+                                          : static_cast<py::ssize_t>(request.vocab.size());
+  return ToArray(std::move(result.logits), {logits_end - logits_begin, cols});
 }
 
 py::array_t<float> Unembed(TextModel& model, const Floats& x, bool norm,
@@ -115,6 +152,17 @@ void BindTextModel(py::module_& module) {
            "soft_tokens [rows, D] for these indices of the ids; blocks [begin, end) see themselves "
            "whole.");
 
+  py::class_<TokenScores>(module, "TokenScores",
+                          "Log-probability of one target a row, and entropy, in nats.")
+      .def(py::init([](std::vector<int32_t> targets) {
+             TokenScores scores;
+             scores.targets = std::move(targets);
+             return scores;
+           }),
+           py::arg("targets"), "One id for each id of the run, -1 for none.")
+      .def_readonly("logprobs", &TokenScores::logprobs)
+      .def_readonly("entropy", &TokenScores::entropy);
+
   py::class_<TextModel, std::shared_ptr<TextModel>>(module, "TextModel",
                                                     "The text decoder with its weights.")
       .def(py::init(&Load), py::arg("config"), py::arg("weights"), py::arg("options"),
@@ -126,6 +174,8 @@ void BindTextModel(py::module_& module) {
             return DTypeName(ValueOrThrow(model.weights().Find(name)).dtype);
           },
           py::arg("name"), "The dtype in which the model holds a tensor.")
+      .def("override", &Override, py::arg("weights"), py::arg("dtype"),
+           "The same model with [(name, float32 values)] in place of its own.")
       .def("weight_rows", &ReadWeightRows, py::arg("name"), py::arg("ids"),
            "Rows of a tensor as float32 [ids, cols]; those of experts are counted through.")
       .def_property_readonly("threads", &TextModel::threads)
@@ -147,6 +197,7 @@ void BindTextModel(py::module_& module) {
            py::arg("logits_end"), py::arg("hooks"), py::arg("softcap"), py::arg("chunk"),
            py::arg("first_layer") = 0, py::arg("resid_pre") = py::none(),
            py::arg("adapters") = PyAdapterMix(), py::arg("media") = nullptr,
+           py::arg("vocab") = std::vector<int32_t>(), py::arg("scores") = nullptr,
            "One sequence through the model; its tokens are appended to the cache.")
       .def("unembed", &Unembed, py::arg("x"), py::arg("norm"), py::arg("softcap"), py::arg("vocab"),
            "Logits [T, V or vocab] of residual streams x [T, D].");

@@ -20,7 +20,8 @@ std::shared_ptr<VisionModel> Load(const VisionConfig& config, Weights& weights,
 }
 
 py::array_t<float> Encode(VisionModel& model, const Floats& patches, int64_t columns,
-                          const std::shared_ptr<Hooks>& hooks, int64_t first_row) {
+                          const std::shared_ptr<Hooks>& hooks, int64_t first_row,
+                          const PyAdapterMix& adapters) {
   if (patches.ndim() != 2) throw py::value_error("encode: patches are not [rows, values]");
   SignalCheck stopped;
   VisionModel::Request request;
@@ -28,6 +29,7 @@ py::array_t<float> Encode(VisionModel& model, const Floats& patches, int64_t col
   request.image.columns = columns;
   request.hooks = hooks.get();
   request.first_row = first_row;
+  request.adapters = UseAdapters(adapters);
   request.stopped = [&] { return stopped(); };
   std::vector<float> soft_tokens;
   ThrowIfError(WithoutGil([&] { return model.Encode(request, soft_tokens); }));
@@ -68,7 +70,7 @@ void BindVision(py::module_& module) {
                                                         "What turns images into soft tokens.")
       .def(py::init(&Load), py::arg("config"), py::arg("weights"), py::arg("options"))
       .def("encode", &Encode, py::arg("patches"), py::arg("columns"), py::arg("hooks") = nullptr,
-           py::arg("first_row") = 0,
+           py::arg("first_row") = 0, py::arg("adapters") = PyAdapterMix(),
            "Soft tokens [n, D] of one image's patches [rows · columns, values] in [0, 1].");
 }
 

@@ -79,6 +79,13 @@ void BindWeights(py::module_& module) {
           py::arg("scales_path"), py::arg("scales"),
           "Adds a matrix of compressed-tensors' pack-quantized format (4 bit, groups of 32).")
       .def(
+          "add_values",
+          [](Weights& weights, const std::string& name, const Floats& values) {
+            const std::vector<int64_t> shape(values.shape(), values.shape() + values.ndim());
+            ThrowIfError(StoreOf(weights).AddValues(name, shape, values.data()));
+          },
+          py::arg("name"), py::arg("values"), "Adds a float32 array, which is copied.")
+      .def(
           "set_target",
           [](Weights& weights, const std::string& name, const std::string& dtype) {
             ThrowIfError(StoreOf(weights).SetTarget(name, ValueOrThrow(ParseDType(dtype))));

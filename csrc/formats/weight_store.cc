@@ -1,6 +1,7 @@
 #include "formats/weight_store.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -131,6 +132,46 @@ Status WeightStore::AddPackQuantized(std::string_view name, const std::vector<in
     return absl::AlreadyExistsError(
         absl::StrCat("tensor ", std::string(name), " is given twice; expected it once"));
   }
+  return absl::OkStatus();
+}
+
+Status WeightStore::AddValues(std::string_view name, const std::vector<int64_t>& shape,
+                              const float* values) {
+  Tensor tensor;
+  tensor.path = "memory";
+  tensor.view = {nullptr, DType::kFloat32, shape};
+  const size_t bytes = tensor.view.byte_size();
+  uint8_t* copy = NewCopy(bytes);
+  std::memcpy(copy, values, bytes);
+  tensor.view.data = copy;
+  copied_bytes_ += bytes;
+  if (!tensors_.try_emplace(std::string(name), std::move(tensor)).second) {
+    return absl::AlreadyExistsError(
+        absl::StrCat("tensor ", std::string(name), " is given twice; expected it once"));
+  }
+  return absl::OkStatus();
+}
+
+WeightStore WeightStore::Borrow() const {
+  WeightStore borrowed;
+  borrowed.tensors_ = tensors_;
+  return borrowed;
+}
+
+Status WeightStore::Replace(std::string_view name, const TensorView& values, DType dtype) {
+  GL_ASSIGN_OR_RETURN(Tensor * tensor, Find(name, values.shape));
+  *tensor = Tensor();
+  tensor->path = "memory";
+  tensor->view = values;
+  if (dtype != values.dtype && values.shape.size() > 1) {
+    tensor->target = dtype;
+    return absl::OkStatus();
+  }
+  const size_t bytes = values.byte_size();
+  uint8_t* copy = NewCopy(bytes);
+  std::memcpy(copy, values.data, bytes);
+  tensor->view.data = copy;
+  copied_bytes_ += bytes;
   return absl::OkStatus();
 }
 

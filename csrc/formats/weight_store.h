@@ -35,6 +35,13 @@ class WeightStore {
   Status AddPackQuantized(std::string_view name, const std::vector<int64_t>& shape,
                           std::string_view packed_path, const TensorEntry& packed,
                           std::string_view scales_path, const TensorEntry& scales);
+  // Adds float32 values, which are copied. AlreadyExists for a name that is there.
+  Status AddValues(std::string_view name, const std::vector<int64_t>& shape, const float* values);
+  // A store of the same tensors, as they were taken; it reads this one's memory.
+  WeightStore Borrow() const;
+  // Gives the tensor `name` other values, which are copied, or converted when they are taken as
+  // `dtype`: until then the caller keeps them. InvalidArgument for a name or shape that is not there.
+  Status Replace(std::string_view name, const TensorView& values, DType dtype);
   // Adds a tensor whose memory the caller keeps (models built in tests).
   void AddView(std::string_view name, const TensorView& view);
 

@@ -56,6 +56,10 @@ struct KernelTable {
   // |src − s · dst| ≤ s / 2 up to rounding. Values that are all below 1e-30 become zeros, and s is 0.
   float (*f32_to_i8)(int8_t* dst, const float* src, int64_t n);
 
+  // dst[c, r] = src[r, c] for r < rows, c < cols. Strides in elements.
+  void (*transpose)(float* dst, int64_t dst_stride, const float* src, int64_t src_stride,
+                    int64_t rows, int64_t cols);
+
   // dst = src · (mean(src²) + eps)^-½ · weight; weight null: without it. dst may be src.
   void (*rms_norm)(float* dst, const float* src, const float* weight, int64_t n, float eps);
 

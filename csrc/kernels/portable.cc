@@ -93,6 +93,13 @@ void RmsNorm(float* dst, const float* src, const float* weight, int64_t n, float
   }
 }
 
+void Transpose(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+               int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
+  }
+}
+
 void Rope(float* x, const float* cos, const float* sin, int64_t pairs, int64_t half_dim) {
   for (int64_t i = 0; i < pairs; ++i) {
     const float a = x[i];
@@ -172,6 +179,7 @@ constinit const KernelTable kTable = {
     .f32_to_f16 = Narrow<FloatToFloat16>,
     .i8_to_f32 = Widen<ElementI8>,
     .f32_to_i8 = QuantizeI8,
+    .transpose = Transpose,
     .rms_norm = RmsNorm,
     .rope = Rope,
     .gelu_mul = GeluMul,

@@ -41,6 +41,8 @@ void F32ToBf16(uint16_t* dst, const float* src, int64_t n);
 void F32ToF16(uint16_t* dst, const float* src, int64_t n);
 void I8ToF32(float* dst, const void* src, int64_t n);
 float F32ToI8(int8_t* dst, const float* src, int64_t n);
+void Transpose(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, int64_t rows,
+               int64_t cols);
 
 void RmsNorm(float* dst, const float* src, const float* weight, int64_t n, float eps);
 

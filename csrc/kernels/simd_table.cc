@@ -24,6 +24,7 @@ constinit const KernelTable kTable = {
     .f32_to_f16 = F32ToF16,
     .i8_to_f32 = I8ToF32,
     .f32_to_i8 = F32ToI8,
+    .transpose = Transpose,
     .rms_norm = RmsNorm,
     .rope = Rope,
     .gelu_mul = GeluMul,

@@ -2,7 +2,6 @@
 
 #include <vector>
 
-#include "ops/linear.h"
 #include "ops/rows.h"
 
 namespace gemloupe {
@@ -11,10 +10,11 @@ Status Forward(ConstMatrix x, std::span<const ClippedJob> jobs, const PassContex
   // Neighbours whose inputs have the same bounds (those of released models do) are one product.
   for (size_t begin = 0; begin < jobs.size();) {
     const ClippedLinear::Bounds bounds = jobs[begin].linear->input;
-    std::vector<LinearJob> group;
+    std::vector<AdaptedJob> group;
     size_t end = begin;
     for (; end < jobs.size() && jobs[end].linear->input == bounds; ++end) {
-      group.push_back({&jobs[end].linear->weight, jobs[end].dst});
+      const ClippedLinear& linear = *jobs[end].linear;
+      group.push_back({linear.module, &linear.weight, jobs[end].dst});
     }
     const Arena::Scope scope(*ctx.arena);
     ConstMatrix input = x;
@@ -23,7 +23,7 @@ Status Forward(ConstMatrix x, std::span<const ClippedJob> jobs, const PassContex
       Clamp(x, bounds.low, bounds.high, clamped);
       input = clamped;
     }
-    GL_RETURN_IF_ERROR(Linear(input, group, ctx.path, *ctx.arena));
+    GL_RETURN_IF_ERROR(AdaptedLinear(input, group, ctx.path, ctx));
     for (; begin < end; ++begin) {
       const ClippedLinear::Bounds& output = jobs[begin].linear->output;
       if (output.clip()) Clamp(jobs[begin].dst, output.low, output.high, jobs[begin].dst);

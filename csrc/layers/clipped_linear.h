@@ -7,11 +7,13 @@
 
 #include "base/status.h"
 #include "base/tensor.h"
+#include "layers/lora.h"
 #include "layers/pass_context.h"
 
 namespace gemloupe {
 
-// A tower's matrix whose input and output are clamped: clamp(clamp(x) · Wᵀ).
+// A tower's matrix whose input and output are clamped: clamp(clamp(x) · Wᵀ). Adapters change what is
+// inside both clamps.
 struct ClippedLinear {
   struct Bounds {
     float low = -std::numeric_limits<float>::infinity();
@@ -19,6 +21,7 @@ struct ClippedLinear {
     bool clip() const { return low != -high || high != std::numeric_limits<float>::infinity(); }
     bool operator==(const Bounds&) const = default;
   };
+  AdaptedModule module = AdaptedModule::kVisionQProj;
   TensorView weight;  // [n, k]
   Bounds input;
   Bounds output;

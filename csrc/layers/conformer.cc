@@ -116,12 +116,24 @@ Status AudioAttentionLayer::Forward(Matrix x, const PassContext& ctx, State& sta
   return absl::OkStatus();
 }
 
+Status AudioAttentionLayer::ProjectDistances(const PassContext& ctx, Matrix dst) const {
+  const AdaptedJob job = {AdaptedModule::kAudioRelativeKProj, &relative_k_proj, dst};
+  return AdaptedLinear(ConstMatrix(sinusoids->data(), dst.rows, dst.cols), {&job, 1},
+                       {.row_exact = true}, ctx);
+}
+
 Status AudioAttentionLayer::Attend(ConstMatrix q, ConstMatrix keys, ConstMatrix values,
                                    const PassContext& ctx, Matrix z) const {
-  const AudioAttentionShape shape = {.head_dim = static_cast<int64_t>(q_scale.size()),
-                                     .window = window,
-                                     .softcap = softcap,
-                                     .distances = ConstMatrix(distances.data(), window, q.cols)};
+  const Arena::Scope distances_scope(*ctx.arena);
+  AudioAttentionShape shape = {.head_dim = static_cast<int64_t>(q_scale.size()),
+                               .window = window,
+                               .softcap = softcap,
+                               .distances = ConstMatrix(distances.data(), window, q.cols)};
+  if (ctx.Adapts(AdaptedModule::kAudioRelativeKProj)) {
+    const Matrix adapted = ctx.arena->NewMatrix(window, q.cols);
+    GL_RETURN_IF_ERROR(ProjectDistances(ctx, adapted));
+    shape.distances = adapted;
+  }
   AudioAttention(shape, q, keys, values, z);
   if (!ctx.Wants(HookPoint::kAudioAttnScores) && !ctx.Wants(HookPoint::kAudioAttnPattern)) {
     return absl::OkStatus();

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -65,13 +66,18 @@ struct AudioAttentionLayer {
   Norm post_norm;
   std::vector<float> q_scale;  // [H]
   float k_scale = 1.0f;
-  std::vector<float> distances;  // [window, D]: keys of the distances window − 1 … 0
+  TensorView relative_k_proj;                           // [D, D]
+  std::shared_ptr<const std::vector<float>> sinusoids;  // [window, D], of distances window − 1 … 0
+  std::vector<float>
+      distances;  // [window, D]: keys of these distances, relative_k_proj of sinusoids
   int64_t num_heads = 1;
   int64_t window = 1;
   float softcap = 0.0f;
   float clip = kUnbounded;
 
   Status Forward(Matrix x, const PassContext& ctx, State& state) const;
+  // What `distances` is, under the adapters of the pass: dst [window, D].
+  Status ProjectDistances(const PassContext& ctx, Matrix dst) const;
 
  private:
   Status Attend(ConstMatrix q, ConstMatrix keys, ConstMatrix values, const PassContext& ctx,

@@ -32,6 +32,30 @@ constexpr std::array<const char*, kNumAdaptedModules> kNames = {
     "embed_tokens_per_layer",
     "per_layer_model_projection",
     "lm_head",
+    "vision.attn.q_proj",
+    "vision.attn.k_proj",
+    "vision.attn.v_proj",
+    "vision.attn.o_proj",
+    "vision.mlp.gate_proj",
+    "vision.mlp.up_proj",
+    "vision.mlp.down_proj",
+    "vision.input_proj",
+    "vision.patch_dense",
+    "vision.projection",
+    "audio.ffn1.up_proj",
+    "audio.ffn1.down_proj",
+    "audio.attn.q_proj",
+    "audio.attn.k_proj",
+    "audio.attn.v_proj",
+    "audio.attn.relative_k_proj",
+    "audio.attn.post",
+    "audio.conv.linear_start",
+    "audio.conv.linear_end",
+    "audio.ffn2.up_proj",
+    "audio.ffn2.down_proj",
+    "audio.input_proj",
+    "audio.output_proj",
+    "audio.projection",
 };
 
 // Outputs of one task of the second fork: its change of many rows stays in the second-level cache, its
@@ -47,14 +71,15 @@ struct RowGroup {
 
 // Rows of the pass's tail, which are computed as a pass of their own (MatmulPath), have groups of
 // their own.
-std::vector<RowGroup> GroupRows(const PassContext& ctx, int64_t tail_rows) {
+std::vector<RowGroup> GroupRows(const PassContext& ctx, int64_t rows, int64_t tail_rows) {
   std::vector<RowGroup> groups;
-  const int64_t body = ctx.rows() - tail_rows;
+  const int64_t body = rows - tail_rows;
   for (size_t i = 0; i < ctx.batch->segments.size(); ++i) {
     const AdapterMix& mix = (*ctx.adapters)[i];
     const Segment& segment = ctx.batch->segments[i];
     if (mix.empty()) continue;
-    for (int64_t row = segment.row; row < segment.row + segment.rows; ++row) {
+    const int64_t end = ctx.batch->segments.size() == 1 ? rows : segment.row + segment.rows;
+    for (int64_t row = segment.row; row < end; ++row) {
       const auto same = [&](const RowGroup& group) {
         return *group.mix == mix && (group.rows.front() >= body) == (row >= body);
       };
@@ -73,13 +98,35 @@ std::vector<RowGroup> GroupRows(const PassContext& ctx, int64_t tail_rows) {
 struct Side {
   const Adapter* adapter = nullptr;
   const LoraDelta* delta = nullptr;
-  Matrix product;                    // x · Aᵀ, x · replacementᵀ or x · rowsᵀ of all rows
-  Matrix shown;                      // for hooks: what it adds [T, n]
+  Matrix product;  // x · Aᵀ, x · replacementᵀ or x · rowsᵀ of all rows, or none
+  Matrix shown;    // for hooks: what it adds [T, n]
   std::unique_ptr<LinearInput> low;  // `product`, on the left of B
 
   bool replaces() const { return delta->replacement.data != nullptr; }
   bool sets_rows() const { return delta->rows.data != nullptr; }
+  bool shifts_only() const { return !replaces() && !sets_rows() && delta->b.data == nullptr; }
 };
+
+Status CheckFits(const AdaptedJob& job, const LoraDelta& delta, int64_t inputs, int layer) {
+  const int64_t outputs = job.weight->shape[0];
+  const auto check = [&](const char* what, int64_t got, int64_t expected) {
+    if (got == expected) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("adapter: ", AdaptedModuleName(job.module, layer), " has ", got, " ", what,
+                     ", expected ", expected));
+  };
+  for (const auto& [what, view] :
+       {std::pair{"inputs of A", &delta.a}, std::pair{"inputs", &delta.replacement},
+        std::pair{"inputs", &delta.rows}}) {
+    if (view->data != nullptr) GL_RETURN_IF_ERROR(check(what, view->shape.back(), inputs));
+  }
+  for (const auto& [what, view] :
+       {std::pair{"outputs of B", &delta.b}, std::pair{"outputs", &delta.replacement}}) {
+    if (view->data != nullptr) GL_RETURN_IF_ERROR(check(what, view->shape[0], outputs));
+  }
+  if (delta.shift.empty()) return absl::OkStatus();
+  return check("biases", static_cast<int64_t>(delta.shift.size()), outputs);
+}
 
 // A job with its sides, for one group of rows.
 struct GroupJob {
@@ -117,20 +164,24 @@ Status ComputeChange(const GroupJob& work, const Side& side, float weight, int64
   const LoraDelta& delta = *side.delta;
   const std::vector<int64_t>& rows = work.group->rows;
   const int64_t count = end - begin;
-  if (side.replaces()) {
-    for (int64_t i = 0; i < change.rows; ++i) {
-      Kernels().scale(change.row(i), side.product.row(rows[static_cast<size_t>(i)]) + begin, weight,
-                      count);
-    }
-    return absl::OkStatus();
-  }
   const int64_t first = work.job->first + begin;
-  GL_RETURN_IF_ERROR(LinearSlice(*side.low, rows, delta.b, first, first + count, change, path));
+  const bool low_rank = delta.b.data != nullptr;
+  if (low_rank) {
+    GL_RETURN_IF_ERROR(LinearSlice(*side.low, rows, delta.b, first, first + count, change, path));
+  }
   for (int64_t i = 0; i < change.rows; ++i) {
     float* row = change.row(i);
-    if (!delta.bias.empty()) Kernels().add(row, row, delta.bias.data() + first, count);
-    if (!delta.gain.empty()) Kernels().mul(row, row, delta.gain.data() + first, count);
-    Kernels().scale(row, row, weight * delta.scale, count);
+    if (low_rank) {
+      if (!delta.gain.empty()) Kernels().mul(row, row, delta.gain.data() + first, count);
+      Kernels().scale(row, row, weight * delta.scale, count);
+    } else if (side.replaces()) {
+      Kernels().scale(row, side.product.row(rows[static_cast<size_t>(i)]) + begin, weight, count);
+    } else {
+      std::fill_n(row, count, 0.0f);
+    }
+    if (!delta.shift.empty()) {
+      Kernels().add_scaled(row, delta.shift.data() + first, weight, count);
+    }
   }
   return absl::OkStatus();
 }
@@ -256,8 +307,11 @@ void AdaptRow(const LoraDelta& delta, int32_t id, int64_t column, float factor, 
 const char* AdaptedModuleName(AdaptedModule module) { return kNames[static_cast<size_t>(module)]; }
 
 std::string AdaptedModuleName(AdaptedModule module, int layer) {
-  return layer < 0 ? AdaptedModuleName(module)
-                   : absl::StrCat("layers.", layer, ".", AdaptedModuleName(module));
+  const std::string_view name = AdaptedModuleName(module);
+  if (layer < 0) return std::string(name);
+  const size_t tower = IsOfTower(module) ? name.find('.') + 1 : 0;
+  return absl::StrCat(std::string(name.substr(0, tower)), "layers.", layer, ".",
+                      std::string(name.substr(tower)));
 }
 
 StatusOr<AdaptedModule> ParseAdaptedModule(std::string_view name) {
@@ -283,6 +337,10 @@ Status Adapter::Add(AdaptedModule module, int layer, LoraDelta delta) {
   if (added) return absl::OkStatus();
   return absl::AlreadyExistsError(
       absl::StrCat("the adapter changes ", AdaptedModuleName(module, layer), " twice"));
+}
+
+void Adapter::AddShift(AdaptedModule module, int layer, std::vector<float> shift) {
+  deltas_[{layer, module}].shift = std::move(shift);
 }
 
 uint8_t* Adapter::NewMemory(size_t bytes) {
@@ -326,27 +384,32 @@ Status AdaptedLinear(ConstMatrix x, std::span<const AdaptedJob> jobs, const Matm
     products.push_back({weight, job.dst, job.first});
   }
   if (ctx.adapters == nullptr) return Linear(x, products, path, *ctx.arena);
-  GL_CHECK(x.rows == ctx.rows());
+  GL_CHECK(x.rows == ctx.rows() || ctx.batch->segments.size() == 1);
   const Arena::Scope scope(*ctx.arena);
   std::vector<std::vector<Side>> sides(jobs.size());
+  bool adapted = false;
   for (const Adapter* adapter : DistinctAdapters(ctx)) {
     for (size_t i = 0; i < jobs.size(); ++i) {
       const AdaptedJob& job = jobs[i];
       const LoraDelta* delta = adapter->Find(job.module, ctx.LayerOf(job.module));
       if (delta == nullptr) continue;
+      GL_RETURN_IF_ERROR(CheckFits(job, *delta, x.cols, ctx.LayerOf(job.module)));
+      adapted = true;
       Side side;
       side.adapter = adapter;
       side.delta = delta;
-      LinearJob product;
-      if (side.replaces()) {
-        product = {&delta->replacement, ctx.arena->NewMatrix(x.rows, job.dst.cols), job.first};
-      } else {
-        const TensorView& left = side.sets_rows() ? delta->rows : delta->a;
-        product = {&left, ctx.arena->NewMatrix(x.rows, left.shape[0])};
+      if (!side.shifts_only()) {
+        LinearJob product;
+        if (side.replaces()) {
+          product = {&delta->replacement, ctx.arena->NewMatrix(x.rows, job.dst.cols), job.first};
+        } else {
+          const TensorView& left = side.sets_rows() ? delta->rows : delta->a;
+          product = {&left, ctx.arena->NewMatrix(x.rows, left.shape[0])};
+        }
+        side.product = product.dst;
+        products.push_back(product);
       }
-      side.product = product.dst;
-      products.push_back(product);
-      if (ctx.WantsDelta(job.module, *adapter)) {
+      if (x.rows == ctx.rows() && ctx.WantsDelta(job.module, *adapter)) {
         side.shown = ctx.arena->NewMatrix(x.rows, job.dst.cols);
         for (int64_t row = 0; row < x.rows; ++row) {
           std::fill_n(side.shown.row(row), job.dst.cols, 0.0f);
@@ -356,10 +419,10 @@ Status AdaptedLinear(ConstMatrix x, std::span<const AdaptedJob> jobs, const Matm
     }
   }
   GL_RETURN_IF_ERROR(Linear(x, products, path, *ctx.arena));
-  if (products.size() == jobs.size()) return absl::OkStatus();
+  if (!adapted) return absl::OkStatus();
 
   const int64_t tail = path.tail_rows < x.rows ? path.tail_rows : 0;
-  const std::vector<RowGroup> groups = GroupRows(ctx, tail);
+  const std::vector<RowGroup> groups = GroupRows(ctx, x.rows, tail);
   std::vector<GroupJob> work;
   int64_t slices = 0;
   int64_t most_rows = 0;
@@ -375,7 +438,7 @@ Status AdaptedLinear(ConstMatrix x, std::span<const AdaptedJob> jobs, const Matm
       }
       if (part.sides.empty()) continue;
       for (const auto& [side, weight] : part.sides) {
-        if (side->replaces() || side->sets_rows()) continue;
+        if (side->delta->b.data == nullptr) continue;
         if (side->low == nullptr) {
           side->low = std::make_unique<LinearInput>(side->product, *ctx.arena);
         }

@@ -21,7 +21,7 @@ namespace gemloupe {
 
 struct PassContext;
 
-// The modules of the text decoder that an adapter can change.
+// The modules that an adapter can change: of the text decoder, then of the towers.
 enum class AdaptedModule : uint8_t {
   // Of every layer:
   kQProj,
@@ -41,32 +41,63 @@ enum class AdaptedModule : uint8_t {
   kEmbedTokensPerLayer,
   kPerLayerModelProjection,
   kHead,
+  // Of every layer of the vision encoder:
+  kVisionQProj,
+  kVisionKProj,
+  kVisionVProj,
+  kVisionOProj,
+  kVisionGateProj,
+  kVisionUpProj,
+  kVisionDownProj,
+  // Outside them:
+  kVisionInputProj,
+  kVisionPatchDense,  // of the encoder-free embedder
+  kVisionProjection,  // to the text model's width
+  // Of every layer of the audio encoder:
+  kAudioFfn1Up,
+  kAudioFfn1Down,
+  kAudioQProj,
+  kAudioKProj,
+  kAudioVProj,
+  kAudioRelativeKProj,
+  kAudioAttnPost,
+  kAudioConvStart,
+  kAudioConvEnd,
+  kAudioFfn2Up,
+  kAudioFfn2Down,
+  // Outside them:
+  kAudioInputProj,
+  kAudioOutputProj,
+  kAudioProjection,  // to the text model's width
 };
 
-inline constexpr int kNumAdaptedModules = static_cast<int>(AdaptedModule::kHead) + 1;
+inline constexpr int kNumAdaptedModules = static_cast<int>(AdaptedModule::kAudioProjection) + 1;
+inline constexpr bool IsOfTower(AdaptedModule module) { return module > AdaptedModule::kHead; }
 inline constexpr bool IsOfLayer(AdaptedModule module) {
-  return module < AdaptedModule::kEmbedTokens;
+  return module < AdaptedModule::kEmbedTokens ||
+         (module >= AdaptedModule::kVisionQProj && module < AdaptedModule::kVisionInputProj) ||
+         (module >= AdaptedModule::kAudioFfn1Up && module < AdaptedModule::kAudioInputProj);
 }
 inline constexpr bool IsOfExperts(AdaptedModule module) {
   return module == AdaptedModule::kExpertsGateUpProj || module == AdaptedModule::kExpertsDownProj;
 }
 
-// "attn.q_proj", "experts.down_proj", "lm_head", …
+// "attn.q_proj", "experts.down_proj", "lm_head", "vision.attn.q_proj", …
 const char* AdaptedModuleName(AdaptedModule module);
-// "layers.3.attn.q_proj" or "lm_head".
+// "layers.3.attn.q_proj", "lm_head" or "vision.layers.3.attn.q_proj".
 std::string AdaptedModuleName(AdaptedModule module, int layer);
 // Accepts the names without a layer; InvalidArgument otherwise.
 StatusOr<AdaptedModule> ParseAdaptedModule(std::string_view name);
 
 // What an adapter does to the matrix W [out, in] of one module. Low-rank (Hu et al. 2021,
-// arXiv:2106.09685): y = W x + scale · (B (A x) + bias); with DoRA's gain g = m / ‖W + scale · B A‖ of
-// each output (Liu et al. 2024, arXiv:2402.09353): g times that.
+// arXiv:2106.09685): y = W x + scale · B (A x) + shift; with DoRA's gain g = m / ‖W + scale · B A‖ of
+// each output (Liu et al. 2024, arXiv:2402.09353): g times the products. A shift may stand alone.
 struct LoraDelta {
-  TensorView a;             // [r, in]; of experts [E, r, in]; of embeddings [r, V]
-  TensorView b;             // [out, r]; of experts [E, out, r]; of embeddings [cols, r]
-  float scale = 1.0f;       // of embeddings: times the embedding's own factor
-  std::vector<float> bias;  // [out], or empty
-  std::vector<float> gain;  // [out], or empty
+  TensorView a;              // [r, in]; of experts [E, r, in]; of embeddings [r, V]
+  TensorView b;              // [out, r]; of experts [E, out, r]; of embeddings [cols, r]
+  float scale = 1.0f;        // of embeddings: times the embedding's own factor
+  std::vector<float> gain;   // [out], or empty
+  std::vector<float> shift;  // [out], or empty
   // Instead of A and B, a matrix in place of W:
   TensorView replacement;  // [out, in]
   // Or, of embeddings and the head, new rows in place of those of some tokens:
@@ -85,6 +116,8 @@ class Adapter {
  public:
   // AlreadyExists if the module has a change. Its views must be of memory that NewMemory gave.
   Status Add(AdaptedModule module, int layer, LoraDelta delta);
+  // Adds `shift` to the outputs of a module, beside another change of it or alone.
+  void AddShift(AdaptedModule module, int layer, std::vector<float> shift);
   uint8_t* NewMemory(size_t bytes);
 
   // Null where the adapter changes nothing. layer: −1 outside the layers.
@@ -138,8 +171,9 @@ struct AdaptedJob {
   int64_t first = 0;
 };
 
-// Linear with the adapters of the pass. The rows of x are those of the pass. Products with A share
-// the fork of the main ones; B takes a second one.
+// Linear with the adapters of the pass. The rows of x are those of the pass; where it has one sequence
+// only they may be others, all of which then have its adapters. Products with A share the fork of the
+// main ones; B takes a second one. InvalidArgument for a change of another size than the weight.
 Status AdaptedLinear(ConstMatrix x, std::span<const AdaptedJob> jobs, const MatmulPath& path,
                      const PassContext& ctx);
 Status AdaptedLinear(ConstMatrix x, std::initializer_list<AdaptedJob> jobs, const PassContext& ctx);

@@ -45,6 +45,15 @@ void PassContext::VisitDelta(AdaptedModule module, const Adapter& adapter, Matri
   }
 }
 
+bool PassContext::Adapts(AdaptedModule module) const {
+  for (size_t i = 0; adapters != nullptr && i < adapters->size(); ++i) {
+    for (const WeightedAdapter& one : (*adapters)[i]) {
+      if (one.adapter->Find(module, LayerOf(module)) != nullptr) return true;
+    }
+  }
+  return false;
+}
+
 bool PassContext::WantsDelta(AdaptedModule module, const Adapter& adapter) const {
   for (size_t i = 0; hooks != nullptr && i < hooks->of_segment.size(); ++i) {
     const Hooks* of = hooks->of_segment[i];

@@ -57,6 +57,8 @@ struct PassContext {
   void VisitDelta(AdaptedModule module, const Adapter& adapter, Matrix change) const;
   bool WantsDelta(AdaptedModule module, const Adapter& adapter) const;
   int LayerOf(AdaptedModule module) const { return IsOfLayer(module) ? layer : -1; }
+  // Whether an adapter of the pass changes this module, in the running layer.
+  bool Adapts(AdaptedModule module) const;
 
   // Whether anyone captures or edits this point of the running layer.
   bool Wants(HookPoint point) const;

@@ -99,7 +99,7 @@ StatusOr<std::vector<int64_t>> AdaptedModuleShape(const TextConfig& config, Adap
   std::vector<int64_t> shape;
   if (IsOfLayer(module)) {
     if (layer >= 0 && layer < config.num_hidden_layers) shape = LayerShape(config, module, layer);
-  } else if (layer != -1) {
+  } else if (layer != -1 || IsOfTower(module)) {
     shape = {};
   } else if (module == AdaptedModule::kEmbedTokens || module == AdaptedModule::kHead) {
     shape = {config.vocab_size, hidden};
@@ -131,9 +131,22 @@ TensorView AdapterBuilder::Hold(const AdapterValues& values, Adapter& adapter) c
   return view;
 }
 
+StatusOr<std::vector<int64_t>> AdapterBuilder::ShapeFor(AdaptedModule module, int layer,
+                                                        std::vector<int64_t> own) const {
+  if (!IsOfTower(module)) return AdaptedModuleShape(config_, module, layer);
+  if ((layer >= 0) == IsOfLayer(module)) return own;
+  return absl::InvalidArgumentError(absl::StrCat("adapter: layer of ", AdaptedModuleName(module),
+                                                 " is ", layer, ", expected ",
+                                                 IsOfLayer(module) ? "0 or more" : "-1"));
+}
+
 Status AdapterBuilder::AddLowRank(AdaptedModule module, int layer, const LowRank& values,
                                   Adapter& adapter) const {
-  GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape, AdaptedModuleShape(config_, module, layer));
+  const auto size = [](const AdapterValues& of, size_t axis) {
+    return of.shape.size() == 2 ? of.shape[axis] : 0;
+  };
+  GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape,
+                      ShapeFor(module, layer, {size(values.b, 0), size(values.a, 1)}));
   const int64_t rank = values.b.shape.empty() ? 0 : values.b.shape.back();
   const auto [outputs, inputs] = MatrixSizes(module, shape);
   std::vector<int64_t> a_shape = {rank, inputs};
@@ -147,34 +160,43 @@ Status AdapterBuilder::AddLowRank(AdaptedModule module, int layer, const LowRank
     return Mismatch(module, layer, "B", values.b.shape, b_shape);
   }
   if (values.a.shape != a_shape) return Mismatch(module, layer, "A", values.a.shape, a_shape);
-  for (const auto& [what, vector] :
-       {std::pair{"bias", &values.bias}, std::pair{"DoRA's magnitude", &values.gain}}) {
-    if (vector->empty()) continue;
-    const auto size = static_cast<int64_t>(vector->size());
-    if (IsOfExperts(module) || size != outputs) {
-      return Mismatch(module, layer, what, {size}, {IsOfExperts(module) ? 0 : outputs});
-    }
+  const auto gains = static_cast<int64_t>(values.gain.size());
+  if (gains > 0 && (IsOfExperts(module) || gains != outputs)) {
+    return Mismatch(module, layer, "DoRA's magnitude", {gains},
+                    {IsOfExperts(module) ? 0 : outputs});
   }
   LoraDelta delta;
   delta.a = Hold(values.a, adapter);
   delta.b = Hold(values.b, adapter);
   delta.scale = values.scale;
-  delta.bias = values.bias;
   delta.gain = values.gain;
   return adapter.Add(module, layer, std::move(delta));
 }
 
 Status AdapterBuilder::Replace(AdaptedModule module, int layer, const AdapterValues& weight,
                                Adapter& adapter) const {
-  GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape, AdaptedModuleShape(config_, module, layer));
+  GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape, ShapeFor(module, layer, weight.shape));
   if (IsOfExperts(module)) {
     return absl::UnimplementedError(absl::StrCat("adapter: ", AdaptedModuleName(module, layer),
                                                  ": experts are not replaced as a whole"));
   }
-  if (weight.shape != shape) return Mismatch(module, layer, "the weight", weight.shape, shape);
+  if (weight.shape != shape || shape.size() != 2) {
+    return Mismatch(module, layer, "the weight", weight.shape, shape);
+  }
   LoraDelta delta;
   delta.replacement = Hold(weight, adapter);
   return adapter.Add(module, layer, std::move(delta));
+}
+
+Status AdapterBuilder::Shift(AdaptedModule module, int layer, std::vector<float> shift,
+                             Adapter& adapter) const {
+  const auto size = static_cast<int64_t>(shift.size());
+  GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape, ShapeFor(module, layer, {size, 0}));
+  if (IsEmbedding(module) || IsOfExperts(module) || size < 1 || size != shape[0]) {
+    return Mismatch(module, layer, "the bias", {size}, {IsOfExperts(module) ? 0 : shape[0]});
+  }
+  adapter.AddShift(module, layer, std::move(shift));
+  return absl::OkStatus();
 }
 
 Status AdapterBuilder::ReplaceRows(AdaptedModule module, const std::vector<int32_t>& ids,
@@ -203,6 +225,7 @@ Status AdapterBuilder::ReplaceRows(AdaptedModule module, const std::vector<int32
 Status CheckAdapter(const TextConfig& config, const Adapter& adapter) {
   for (const auto& [key, delta] : adapter.deltas()) {
     const auto& [layer, module] = key;
+    if (IsOfTower(module)) continue;
     GL_ASSIGN_OR_RETURN(const std::vector<int64_t> shape,
                         AdaptedModuleShape(config, module, layer));
     if (delta.b.data != nullptr) {

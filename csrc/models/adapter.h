@@ -11,7 +11,7 @@
 
 namespace gemloupe {
 
-// The shape of a module's matrix in a model of this config: [out, in], of experts [E, out, in], of
+// The shape of a text decoder's matrix in a model of this config: [out, in], of experts [E, out, in], of
 // embeddings [V, cols]. NotFound where the layer has none, such as k_proj of a layer that reads
 // another's keys.
 StatusOr<std::vector<int64_t>> AdaptedModuleShape(const TextConfig& config, AdaptedModule module,
@@ -27,6 +27,7 @@ struct AdapterValues {
 
 // Adds changes to adapters of models with `config`; A, B and matrices are held in `dtype` (float32,
 // bfloat16 or float16). InvalidArgument, naming the module and both shapes, for values that do not fit.
+// Sizes of towers are not in `config`: theirs are checked when a tower runs (AdaptedLinear).
 class AdapterBuilder {
  public:
   AdapterBuilder(TextConfig config, DType dtype) : config_(std::move(config)), dtype_(dtype) {}
@@ -35,23 +36,27 @@ class AdapterBuilder {
     AdapterValues a;
     AdapterValues b;
     float scale = 1.0f;
-    std::vector<float> bias;
     std::vector<float> gain;
   };
   Status AddLowRank(AdaptedModule module, int layer, const LowRank& values, Adapter& adapter) const;
   Status Replace(AdaptedModule module, int layer, const AdapterValues& weight,
                  Adapter& adapter) const;
+  // Of a linear module, beside its other change or alone.
+  Status Shift(AdaptedModule module, int layer, std::vector<float> shift, Adapter& adapter) const;
   Status ReplaceRows(AdaptedModule module, const std::vector<int32_t>& ids,
                      const AdapterValues& rows, Adapter& adapter) const;
 
  private:
+  // The shape of a module's matrix, of towers that of the change itself.
+  StatusOr<std::vector<int64_t>> ShapeFor(AdaptedModule module, int layer,
+                                          std::vector<int64_t> own) const;
   TensorView Hold(const AdapterValues& values, Adapter& adapter) const;
 
   TextConfig config_;
   DType dtype_;
 };
 
-// InvalidArgument, naming the first module, if an adapter was made for a model of other sizes.
+// InvalidArgument, naming the first module, if an adapter was made for a text model of other sizes.
 Status CheckAdapter(const TextConfig& config, const Adapter& adapter);
 
 }  // namespace gemloupe

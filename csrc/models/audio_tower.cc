@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -86,8 +87,9 @@ class EncoderReader {
     GL_ASSIGN_OR_RETURN(std::vector<float> weight, Floats(name, {size}));
     return Norm(std::move(weight), eps);
   }
-  StatusOr<ClippedLinear> ReadLinear(absl::string_view name, int64_t out, int64_t in) {
-    return ReadClipped(absl::StrCat(prefix_, name), out, in, clipped_, weights_);
+  StatusOr<ClippedLinear> ReadLinear(AdaptedModule module, absl::string_view name, int64_t out,
+                                     int64_t in) {
+    return ReadClipped({module, absl::StrCat(prefix_, name), out, in}, clipped_, weights_);
   }
 
  private:
@@ -188,7 +190,8 @@ Status AudioTower::LoadEncoder() {
   GL_ASSIGN_OR_RETURN(steps_[1].norm, reader.Floats(names::audio::kSubsampleNorm1, {second}));
   GL_ASSIGN_OR_RETURN(input_projection_,
                       reader.Matrix(names::audio::kInputProj, {width, first / 4 * second}));
-  const std::vector<float> sinusoids = Sinusoids(config_.attention_context_left - 1, width);
+  const auto sinusoids = std::make_shared<const std::vector<float>>(
+      Sinusoids(config_.attention_context_left - 1, width));
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
     GL_ASSIGN_OR_RETURN(Layer layer, LoadLayer(i, sinusoids));
     layers_.push_back(std::move(layer));
@@ -200,20 +203,24 @@ Status AudioTower::LoadEncoder() {
   return absl::OkStatus();
 }
 
-StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<float>& sinusoids) {
+StatusOr<AudioTower::Layer> AudioTower::LoadLayer(
+    int index, const std::shared_ptr<const std::vector<float>>& sinusoids) {
   EncoderReader reader(absl::StrCat(names::audio::kPrefix, names::OfLayer(index, "")),
                        config_.use_clipped_linears, weights_);
   const auto eps = static_cast<float>(config_.rms_norm_eps);
   const int64_t width = config_.hidden_size;
   const auto clip = static_cast<float>(config_.gradient_clipping);
   Layer layer;
-  const std::pair<const char*, AudioFeedForward*> ffns[] = {
-      {names::audio::kFeedForward1, &layer.ffn1}, {names::audio::kFeedForward2, &layer.ffn2}};
-  for (const auto& [module, ffn] : ffns) {
-    const auto name = [&prefix = module](const char* part) { return absl::StrCat(prefix, part); };
+  for (const auto& [prefix, ffn, up, down] :
+       {std::tuple{names::audio::kFeedForward1, &layer.ffn1, AdaptedModule::kAudioFfn1Up,
+                   AdaptedModule::kAudioFfn1Down},
+        std::tuple{names::audio::kFeedForward2, &layer.ffn2, AdaptedModule::kAudioFfn2Up,
+                   AdaptedModule::kAudioFfn2Down}}) {
+    const auto name = [&of = prefix](const char* part) { return absl::StrCat(of, part); };
     GL_ASSIGN_OR_RETURN(ffn->norm, reader.ReadNorm(name(names::audio::kPreNorm), width, kNormEps));
-    GL_ASSIGN_OR_RETURN(ffn->up, reader.ReadLinear(name(names::audio::kUp), 4 * width, width));
-    GL_ASSIGN_OR_RETURN(ffn->down, reader.ReadLinear(name(names::audio::kDown), width, 4 * width));
+    GL_ASSIGN_OR_RETURN(ffn->up, reader.ReadLinear(up, name(names::audio::kUp), 4 * width, width));
+    GL_ASSIGN_OR_RETURN(ffn->down,
+                        reader.ReadLinear(down, name(names::audio::kDown), width, 4 * width));
     GL_ASSIGN_OR_RETURN(ffn->post_norm,
                         reader.ReadNorm(name(names::audio::kPostNorm), width, kNormEps));
     ffn->weight = static_cast<float>(config_.residual_weight);
@@ -231,10 +238,13 @@ StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<f
   attention.softcap = static_cast<float>(config_.attention_logit_cap);
   attention.clip = clip;
   GL_ASSIGN_OR_RETURN(attention.norm, reader.ReadNorm(names::audio::kAttnNorm, width, kNormEps));
-  GL_ASSIGN_OR_RETURN(attention.q_proj, reader.ReadLinear(names::kQProj, width, width));
-  GL_ASSIGN_OR_RETURN(attention.k_proj, reader.ReadLinear(names::kKProj, width, width));
-  GL_ASSIGN_OR_RETURN(attention.v_proj, reader.ReadLinear(names::kVProj, width, width));
-  GL_ASSIGN_OR_RETURN(attention.post, reader.ReadLinear(names::audio::kAttnPost, width, width));
+  for (const auto& [linear, module, name] :
+       {std::tuple{&attention.q_proj, AdaptedModule::kAudioQProj, names::kQProj},
+        std::tuple{&attention.k_proj, AdaptedModule::kAudioKProj, names::kKProj},
+        std::tuple{&attention.v_proj, AdaptedModule::kAudioVProj, names::kVProj},
+        std::tuple{&attention.post, AdaptedModule::kAudioAttnPost, names::audio::kAttnPost}}) {
+    GL_ASSIGN_OR_RETURN(*linear, reader.ReadLinear(module, name, width, width));
+  }
   GL_ASSIGN_OR_RETURN(attention.post_norm,
                       reader.ReadNorm(names::audio::kAttnPostNorm, width, kNormEps));
   GL_ASSIGN_OR_RETURN(attention.q_scale, reader.Floats(names::audio::kPerDimScale, {head_dim}));
@@ -245,20 +255,22 @@ StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<f
     scale = static_cast<float>(q_scale * (wide > 30.0 ? wide : std::log1p(std::exp(wide))));
   }
   attention.k_scale = static_cast<float>(std::log(1.0 + std::exp(1.0)) / std::log(2.0));
-  GL_ASSIGN_OR_RETURN(const TensorView relative,
+  GL_ASSIGN_OR_RETURN(attention.relative_k_proj,
                       reader.Matrix(names::audio::kRelativeKProj, {width, width}));
-  attention.distances.resize(sinusoids.size());
+  attention.sinusoids = sinusoids;
+  attention.distances.resize(sinusoids->size());
+  PassContext ctx;
+  ctx.arena = &arena_;
   GL_RETURN_IF_ERROR(
-      Linear(ConstMatrix(sinusoids.data(), attention.window, width),
-             {{&relative, Matrix(attention.distances.data(), attention.window, width)}},
-             {.row_exact = true}, arena_));
+      attention.ProjectDistances(ctx, Matrix(attention.distances.data(), attention.window, width)));
 
   LightConvolution& convolution = layer.convolution;
   const int64_t kernel = config_.conv_kernel_size;
   convolution.clip = clip;
   GL_ASSIGN_OR_RETURN(convolution.norm, reader.ReadNorm(names::audio::kConvPreNorm, width, eps));
   GL_ASSIGN_OR_RETURN(convolution.start,
-                      reader.ReadLinear(names::audio::kConvStart, 2 * width, width));
+                      reader.ReadLinear(AdaptedModule::kAudioConvStart, names::audio::kConvStart,
+                                        2 * width, width));
   GL_ASSIGN_OR_RETURN(const std::vector<float> taps,
                       reader.Floats(names::audio::kConvDepthwise, {width, 1, kernel}));
   convolution.taps.resize(taps.size());
@@ -269,7 +281,8 @@ StatusOr<AudioTower::Layer> AudioTower::LoadLayer(int index, const std::vector<f
     }
   }
   GL_ASSIGN_OR_RETURN(convolution.conv_norm, reader.ReadNorm(names::audio::kConvNorm, width, eps));
-  GL_ASSIGN_OR_RETURN(convolution.end, reader.ReadLinear(names::audio::kConvEnd, width, width));
+  GL_ASSIGN_OR_RETURN(convolution.end, reader.ReadLinear(AdaptedModule::kAudioConvEnd,
+                                                         names::audio::kConvEnd, width, width));
   GL_ASSIGN_OR_RETURN(layer.norm_out, reader.ReadNorm(names::audio::kNormOut, width, kNormEps));
   return layer;
 }
@@ -318,6 +331,8 @@ Status AudioTower::EncodeTokens(const Request& request, int64_t end, AudioState&
   ctx.arena = &arena_;
   ctx.hooks = request.hooks != nullptr && !request.hooks->empty() ? &hooks : nullptr;
   ctx.path = {.row_exact = options_.invariant, .bfloat16 = options_.bfloat16_matmul};
+  const std::vector<AdapterMix> adapters = {request.adapters};
+  ctx.adapters = request.adapters.empty() ? nullptr : &adapters;
 
   // The mel features are shown once, when the first token that reads them is computed.
   const int64_t reach = layers_.empty() ? 0 : kReach;
@@ -339,11 +354,13 @@ Status AudioTower::EncodeTokens(const Request& request, int64_t end, AudioState&
     const Matrix x = arena_.NewMatrix(end - begin, config_.hidden_size);
     const Matrix bands = arena_.NewMatrix(x.rows, input_projection_.shape[1]);
     SubsampleTokens(state, begin, bands);
-    GL_RETURN_IF_ERROR(Linear(bands, {{&input_projection_, x}}, ctx.path, arena_));
+    GL_RETURN_IF_ERROR(
+        AdaptedLinear(bands, {{AdaptedModule::kAudioInputProj, &input_projection_, x}}, ctx));
     ctx.Visit(HookPoint::kAudioSubsampled, x);
     GL_RETURN_IF_ERROR(RunLayers(request, x, ctx, state));
     const Matrix encoded = arena_.NewMatrix(x.rows, config_.output_proj_dims);
-    GL_RETURN_IF_ERROR(Linear(x, {{&output_projection_, encoded}}, ctx.path, arena_));
+    GL_RETURN_IF_ERROR(
+        AdaptedLinear(x, {{AdaptedModule::kAudioOutputProj, &output_projection_, encoded}}, ctx));
     for (int64_t row = 0; row < encoded.rows; ++row) {
       Kernels().add(encoded.row(row), encoded.row(row), output_bias_.data(), encoded.cols);
     }
@@ -410,7 +427,8 @@ Status AudioTower::Project(Matrix encoded, const PassContext& ctx,
   const size_t before = soft_tokens.size();
   soft_tokens.resize(before + static_cast<size_t>(encoded.rows * config_.text_hidden_size));
   const Matrix out(soft_tokens.data() + before, encoded.rows, config_.text_hidden_size);
-  GL_RETURN_IF_ERROR(Linear(encoded, {{&projection_, out}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(
+      AdaptedLinear(encoded, {{AdaptedModule::kAudioProjection, &projection_, out}}, ctx));
   ctx.Visit(HookPoint::kAudioSoftTokens, out);
   return absl::OkStatus();
 }

@@ -67,6 +67,7 @@ class AudioTower {
     ConstMatrix features;           // the sound's next features [F, feature_size]
     bool last = true;               // none come after them
     Hooks* hooks = nullptr;         // or null
+    AdapterMix adapters;            // the same for all of a sound
     std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled
   };
   // Appends to soft_tokens [n, D] those that the features complete. On an error the sound has ended.
@@ -88,7 +89,7 @@ class AudioTower {
 
   AudioTower() = default;
   Status LoadEncoder();
-  StatusOr<Layer> LoadLayer(int index, const std::vector<float>& sinusoids);
+  StatusOr<Layer> LoadLayer(int index, const std::shared_ptr<const std::vector<float>>& sinusoids);
   Status EncodeTokens(const Request& request, int64_t end, AudioState& state,
                       std::vector<float>& soft_tokens);
   void SubsampleTokens(const AudioState& state, int64_t begin, Matrix tokens);

@@ -9,11 +9,12 @@
 
 namespace gemloupe {
 
-StatusOr<ClippedLinear> ReadClipped(const std::string& matrix, int64_t rows, int64_t cols,
-                                    bool clipped, WeightStore& weights) {
-  const names::Clipped stored = names::OfClipped(matrix);
+StatusOr<ClippedLinear> ReadClipped(const ClippedSource& source, bool clipped,
+                                    WeightStore& weights) {
+  const names::Clipped stored = names::OfClipped(source.matrix);
   ClippedLinear linear;
-  GL_ASSIGN_OR_RETURN(linear.weight, weights.Take(stored.weight, {rows, cols}));
+  linear.module = source.module;
+  GL_ASSIGN_OR_RETURN(linear.weight, weights.Take(stored.weight, {source.rows, source.cols}));
   if (!clipped) return linear;
   for (const auto& [name, bound] : {std::pair{&stored.input_min, &linear.input.low},
                                     std::pair{&stored.input_max, &linear.input.high},

@@ -10,10 +10,17 @@
 
 namespace gemloupe {
 
-// Reads a tower's matrix [rows, cols], and its bounds where `clipped`; `matrix` is its name as the
-// decoder would have it ("….weight").
-StatusOr<ClippedLinear> ReadClipped(const std::string& matrix, int64_t rows, int64_t cols,
-                                    bool clipped, WeightStore& weights);
+// A tower's matrix [rows, cols]; `matrix` is its name as the decoder would have it ("….weight").
+struct ClippedSource {
+  AdaptedModule module;
+  std::string matrix;
+  int64_t rows;
+  int64_t cols;
+};
+
+// Reads a matrix, and its bounds where `clipped`.
+StatusOr<ClippedLinear> ReadClipped(const ClippedSource& source, bool clipped,
+                                    WeightStore& weights);
 
 }  // namespace gemloupe
 

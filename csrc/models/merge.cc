@@ -109,9 +109,10 @@ StatusOr<std::vector<TextModel::MergedModule>> TextModel::SetMerged(const Adapte
   for (const WeightedAdapter& one : adapters) {
     GL_RETURN_IF_ERROR(CheckAdapter(config_, *one.adapter));
     for (const auto& [key, delta] : one.adapter->deltas()) {
+      if (IsOfTower(key.second)) continue;
       const bool of_table = key.second == AdaptedModule::kEmbedTokensPerLayer;
       const bool on_disk = experts_ != nullptr && IsOfExperts(key.second);
-      if (of_table || on_disk || !delta.bias.empty()) {
+      if (of_table || on_disk || !delta.shift.empty()) {
         return absl::UnimplementedError(
             absl::StrCat("merge: ", AdaptedModuleName(key.second, key.first),
                          of_table  ? " stays on disk"

@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "layers/lora.h"
 #include "models/weight_names.h"
-#include "ops/linear.h"
 #include "ops/rows.h"
 
 namespace gemloupe {
@@ -52,7 +52,7 @@ Status PatchEmbedder::Run(const Request& request, PassContext& ctx, Matrix soft_
     LayerNorm(src, affine.weight.data(), affine.bias.data(), kLayerNormEps, dst);
   };
   norm(patch_norm_, patches, normed);
-  GL_RETURN_IF_ERROR(Linear(normed, {{&dense_, x}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(AdaptedLinear(normed, {{AdaptedModule::kVisionPatchDense, &dense_, x}}, ctx));
   for (int64_t row = 0; row < x.rows; ++row) {
     for (int64_t i = 0; i < x.cols; ++i) x.row(row)[i] += dense_bias_[static_cast<size_t>(i)];
   }
@@ -69,7 +69,8 @@ Status PatchEmbedder::Run(const Request& request, PassContext& ctx, Matrix soft_
   norm(position_norm_, x, x);
   ctx.Visit(HookPoint::kVisionPatches, x);
   projection_norm_.Forward(x, x);
-  GL_RETURN_IF_ERROR(Linear(x, {{&projection_, soft_tokens}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(
+      AdaptedLinear(x, {{AdaptedModule::kVisionProjection, &projection_, soft_tokens}}, ctx));
   ctx.Visit(HookPoint::kVisionSoftTokens, soft_tokens);
   return absl::OkStatus();
 }

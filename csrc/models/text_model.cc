@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/function_ref.h"
 #include "base/thread_pool.h"
 #include "models/adapter.h"
 #include "models/weight_names.h"
@@ -18,6 +20,9 @@ namespace {
 // Scratch that a model keeps between passes: what a chunk of the default size takes, so that the next
 // one finds its pages; a longer prefill's goes back to the system.
 constexpr size_t kKeptScratch = size_t{256} << 20;
+
+// Rows of logits that are held at once where not all are given: 64 MiB at the family's vocabulary.
+constexpr int64_t kLogitsBlock = 64;
 
 float SqrtScale(int64_t size, bool round_to_bfloat16) {
   const auto scale = static_cast<float>(std::sqrt(static_cast<double>(size)));
@@ -40,6 +45,37 @@ void MergeSoftTokens(const Batch& batch, Matrix embed) {
     if (batch.soft_tokens[row] == nullptr) continue;
     std::copy_n(batch.soft_tokens[row], embed.cols, embed.row(static_cast<int64_t>(row)));
   }
+}
+
+// The logits rows of a pass, which compute(begin, dst) gives `block_rows` at a time.
+struct LogitsBlocks {
+  int64_t count = 0;
+  int64_t block_rows = 0;
+  int64_t vocab = 0;
+  FunctionRef<Status(int64_t begin, Matrix dst)> compute;
+};
+
+Status ReadLogits(const LogitsReading& reading, const LogitsBlocks& blocks, Arena& arena,
+                  std::vector<float>& logits) {
+  const bool all = reading.vocab.empty();
+  const int64_t cols = all ? blocks.vocab : static_cast<int64_t>(reading.vocab.size());
+  logits.resize(static_cast<size_t>((reading.given_end - reading.given_begin) * cols));
+  if (!reading.targets.empty()) reading.scores->resize(reading.targets.size());
+  const Matrix block = arena.NewMatrix(blocks.block_rows, blocks.vocab);
+  for (int64_t begin = 0; begin < blocks.count; begin += block.rows) {
+    const Matrix rows = block.RowRange(0, std::min(block.rows, blocks.count - begin));
+    GL_RETURN_IF_ERROR(blocks.compute(begin, rows));
+    const int64_t end = std::min(begin + rows.rows, reading.given_end);
+    for (int64_t row = std::max(begin, reading.given_begin); row < end; ++row) {
+      const float* src = rows.row(row - begin);
+      float* dst = logits.data() + (row - reading.given_begin) * cols;
+      if (all) std::copy_n(src, cols, dst);
+      for (const int32_t id : reading.vocab) *dst++ = src[id];
+    }
+    if (reading.targets.empty()) continue;
+    ScoreTokens(rows, reading.targets.data() + begin, reading.scores->data() + begin);
+  }
+  return absl::OkStatus();
 }
 
 // Marks this thread as the one that runs a pass, until the pass ends or throws (std::bad_alloc).
@@ -68,11 +104,53 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
   model->config_ = config;
   model->options_ = options;
   model->weights_ = std::move(weights);
-  model->kv_layers_ = MakeKvLayerSpecs(config);
-  model->first_sharing_layer_ = FirstSharingLayer(config);
-  for (const RopeSpec& rope : DistinctRopes(config)) {
-    model->inv_freqs_.push_back(InverseFrequencies(rope));
-    for (const float frequency : model->inv_freqs_.back()) {
+  const ThreadPool::Pass pass(model->threads());  // converting weights uses every thread
+  model->weights_.SetProgress(progress);
+  GL_RETURN_IF_ERROR(model->Build());
+  if (progress) progress(1.0);
+  model->weights_.SetProgress(nullptr);
+  return model;
+}
+
+StatusOr<std::shared_ptr<TextModel>> TextModel::Override(std::shared_ptr<TextModel> base,
+                                                         const NewWeights& weights, DType dtype) {
+  if (!base->merged_.empty() || base->experts_ != nullptr) {
+    return absl::FailedPreconditionError(
+        base->experts_ != nullptr
+            ? "override: this model's experts are read from disk on demand (max_memory); load it "
+              "without max_memory"
+            : "override: an adapter is merged into the weights; unmerge_adapter first");
+  }
+  uint64_t bytes = 0;
+  for (const auto& [name, values] : weights) bytes += TensorBytes(dtype, values.shape);
+  if (const uint64_t available = AvailableMemory(); bytes > available) {
+    return absl::ResourceExhaustedError(absl::StrFormat(
+        "override: the weights take %.2f GiB in %s, but %.2f GiB of memory is available; override "
+        "fewer of them, or hold them in bfloat16 (dtype=)",
+        static_cast<double>(bytes) / (1 << 30), DTypeName(dtype),
+        static_cast<double>(available) / (1 << 30)));
+  }
+  std::shared_ptr<TextModel> model(new TextModel());
+  model->id_ = base->id_;
+  model->config_ = base->config_;
+  model->options_ = base->options_;
+  model->driving_ = base->driving_;
+  model->weights_ = base->weights_.Borrow();
+  model->base_ = std::move(base);
+  for (const auto& [name, values] : weights) {
+    GL_RETURN_IF_ERROR(model->weights_.Replace(name, values, dtype));
+  }
+  const ThreadPool::Pass pass(model->threads());
+  GL_RETURN_IF_ERROR(model->Build());
+  return model;
+}
+
+Status TextModel::Build() {
+  kv_layers_ = MakeKvLayerSpecs(config_);
+  first_sharing_layer_ = FirstSharingLayer(config_);
+  for (const RopeSpec& rope : DistinctRopes(config_)) {
+    inv_freqs_.push_back(InverseFrequencies(rope));
+    for (const float frequency : inv_freqs_.back()) {
       if (!std::isfinite(frequency)) {
         return absl::InvalidArgumentError(absl::StrCat("config: rope_theta ", rope.theta,
                                                        " with factor ", rope.factor,
@@ -80,44 +158,36 @@ StatusOr<std::unique_ptr<TextModel>> TextModel::Load(const TextConfig& config, W
       }
     }
   }
-  model->embed_scale_ = SqrtScale(config.hidden_size, options.round_embed_scale);
-  model->per_layer_scale_ =
-      SqrtScale(config.hidden_size_per_layer_input, options.round_embed_scale);
+  embed_scale_ = SqrtScale(config_.hidden_size, options_.round_embed_scale);
+  per_layer_scale_ = SqrtScale(config_.hidden_size_per_layer_input, options_.round_embed_scale);
 
-  const ThreadPool::Pass pass(model->threads());  // converting weights uses every thread
-  WeightStore& store = model->weights_;
-  const auto eps = static_cast<float>(config.rms_norm_eps);
-  store.SetProgress(progress);
-  GL_ASSIGN_OR_RETURN(model->embed_tokens_,
-                      store.Take(names::kEmbedTokens, {config.vocab_size, config.hidden_size}));
+  const auto eps = static_cast<float>(config_.rms_norm_eps);
+  GL_ASSIGN_OR_RETURN(
+      embed_tokens_, weights_.Take(names::kEmbedTokens, {config_.vocab_size, config_.hidden_size}));
   GL_ASSIGN_OR_RETURN(std::vector<float> norm,
-                      store.TakeFloats(names::kFinalNorm, config.hidden_size));
-  model->final_norm_ = Norm(std::move(norm), eps);
-  if (const int64_t width = config.hidden_size_per_layer_input; width > 0) {
-    const int64_t all = config.num_hidden_layers * width;
+                      weights_.TakeFloats(names::kFinalNorm, config_.hidden_size));
+  final_norm_ = Norm(std::move(norm), eps);
+  if (const int64_t width = config_.hidden_size_per_layer_input; width > 0) {
+    const int64_t all = config_.num_hidden_layers * width;
     GL_ASSIGN_OR_RETURN(
-        model->embed_tokens_per_layer_,
-        store.TakeTable(names::kEmbedTokensPerLayer, {config.vocab_size_per_layer_input, all}));
-    GL_ASSIGN_OR_RETURN(model->per_layer_model_projection_,
-                        store.Take(names::kPerLayerModelProjection, {all, config.hidden_size}));
+        embed_tokens_per_layer_,
+        weights_.TakeTable(names::kEmbedTokensPerLayer, {config_.vocab_size_per_layer_input, all}));
+    GL_ASSIGN_OR_RETURN(per_layer_model_projection_,
+                        weights_.Take(names::kPerLayerModelProjection, {all, config_.hidden_size}));
     GL_ASSIGN_OR_RETURN(std::vector<float> projection_norm,
-                        store.TakeFloats(names::kPerLayerProjectionNorm, width));
-    model->per_layer_projection_norm_ = Norm(std::move(projection_norm), eps);
+                        weights_.TakeFloats(names::kPerLayerProjectionNorm, width));
+    per_layer_projection_norm_ = Norm(std::move(projection_norm), eps);
   }
-  if (options.expert_memory > 0) {
-    model->experts_ = std::make_shared<ExpertCache>(options.expert_memory);
-  }
-  const std::vector<LayerSpec> specs = MakeLayerSpecs(config);
+  if (options_.expert_memory > 0) experts_ = std::make_shared<ExpertCache>(options_.expert_memory);
+  const std::vector<LayerSpec> specs = MakeLayerSpecs(config_);
   for (int i = 0; i < static_cast<int>(specs.size()); ++i) {
     GL_ASSIGN_OR_RETURN(
         DecoderLayer layer,
-        DecoderLayer::Load(config, specs[static_cast<size_t>(i)], i, model->experts_, store));
-    model->kv_layers_[static_cast<size_t>(i)].key_weight = layer.key_weight();
-    model->layers_.push_back(std::move(layer));
+        DecoderLayer::Load(config_, specs[static_cast<size_t>(i)], i, experts_, weights_));
+    kv_layers_[static_cast<size_t>(i)].key_weight = layer.key_weight();
+    layers_.push_back(std::move(layer));
   }
-  if (progress) progress(1.0);
-  store.SetProgress(nullptr);
-  return model;
+  return absl::OkStatus();
 }
 
 int TextModel::threads() const { return options_.threads > 0 ? options_.threads : AvailableCpus(); }
@@ -131,13 +201,13 @@ Status TextModel::Forward(const PassRequest& request, std::vector<float>& logits
       one.adapter->fits().store(id_, std::memory_order_relaxed);
     }
   }
-  if (driving_.load() == std::this_thread::get_id()) {
+  if (driving_->load() == std::this_thread::get_id()) {
     return absl::FailedPreconditionError(
         "this model is running a pass that called this edit function; call it after the pass, or "
         "load another model");
   }
   const ThreadPool::Pass pass(threads());
-  const Driving driving(driving_);
+  const Driving driving(*driving_);
   for (const Segment& segment : request.batch.segments) segment.cache->Reserve(segment.rows);
   PassHooks hooks;
   hooks.of_segment = request.hooks;
@@ -415,21 +485,36 @@ Status TextModel::Head(ConstMatrix resid, const std::vector<int64_t>& rows,
     select(resid);
     final_norm_.Forward(x, x);
   }
-  logits.resize(static_cast<size_t>(count * config_.vocab_size));
   if (count == 0) return absl::OkStatus();
   if (request.final_norm != nullptr) request.final_norm->assign(x.data, x.data + x.rows * x.cols);
-  const Batch batch = ctx.batch->Select(rows);
-  ctx.batch = &batch;
-  const Matrix dst(logits.data(), count, config_.vocab_size);
+  const Batch& of_pass = *ctx.batch;
   MatmulPath path = ctx.path;
   path.tail_rows = 0;
-  const AdaptedJob job = {AdaptedModule::kHead, &embed_tokens_, dst};
-  GL_RETURN_IF_ERROR(AdaptedLinear(x, {&job, 1}, path, ctx));
-  ctx.Visit(HookPoint::kLogitsRaw, dst);
   const float cap = request.softcap.value_or(static_cast<float>(config_.final_logit_softcapping));
-  if (cap > 0.0f) Softcap(cap, dst);
-  ctx.Visit(HookPoint::kLogits, dst);
-  return absl::OkStatus();
+  const auto compute = [&](int64_t begin, Matrix dst) -> Status {
+    const auto first = rows.begin() + begin;
+    const Batch batch = of_pass.Select(std::vector<int64_t>(first, first + dst.rows));
+    ctx.batch = &batch;
+    const AdaptedJob job = {AdaptedModule::kHead, &embed_tokens_, dst};
+    const Status status = AdaptedLinear(x.RowRange(begin, dst.rows), {&job, 1}, path, ctx);
+    if (status.ok()) {
+      ctx.Visit(HookPoint::kLogitsRaw, dst);
+      if (cap > 0.0f) Softcap(cap, dst);
+      ctx.Visit(HookPoint::kLogits, dst);
+    }
+    ctx.batch = &of_pass;
+    return status;
+  };
+  if (request.reading == nullptr) {
+    logits.resize(static_cast<size_t>(count * config_.vocab_size));
+    return compute(0, Matrix(logits.data(), count, config_.vocab_size));
+  }
+  GL_RETURN_IF_ERROR(CheckIds(config_, request.reading->vocab));
+  // Hooks see a pass's logits in one piece; who captures them has asked for [T, V].
+  const bool shown = ctx.Wants(HookPoint::kLogitsRaw) || ctx.Wants(HookPoint::kLogits);
+  const LogitsBlocks blocks = {count, shown ? count : std::min(count, kLogitsBlock),
+                               config_.vocab_size, compute};
+  return ReadLogits(*request.reading, blocks, *ctx.arena, logits);
 }
 
 Status TextModel::Unembed(ConstMatrix x, const UnembedOptions& options,

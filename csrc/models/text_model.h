@@ -7,7 +7,9 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/memory.h"
@@ -19,6 +21,7 @@
 #include "models/config.h"
 #include "models/decoder_layer.h"
 #include "ops/rows.h"
+#include "ops/token_scores.h"
 #include "state/batch.h"
 
 namespace gemloupe {
@@ -38,6 +41,16 @@ struct TextModelOptions {
   DType kv_dtype = DType::kFloat16;  // of caches that are made without naming one
 };
 
+// How the logits of a pass are read: in blocks of rows, so that [T, V] is never held.
+struct LogitsReading {
+  std::vector<int32_t> vocab;    // the columns that are given; empty: all
+  std::vector<int32_t> targets;  // one a logits row, −1 for none; empty: no scores
+  // Of the logits rows, [begin, end) are given; the others are only scored.
+  int64_t given_begin = 0;
+  int64_t given_end = 0;
+  std::vector<TokenScore>* scores = nullptr;  // out: one a logits row
+};
+
 // One pass over the model: T tokens of one or several sequences.
 struct PassRequest {
   Batch batch;
@@ -51,6 +64,7 @@ struct PassRequest {
   bool row_exact = false;  // decode: a row's bits do not depend on its neighbours
   // The caches keep their length: the caller knows later which tokens stay, and calls Advance.
   bool keep_length = false;
+  const LogitsReading* reading = nullptr;    // null: all columns of all logits rows
   std::vector<float>* final_norm = nullptr;  // if wanted: [logits_rows, D], what logits are made of
   std::optional<float> softcap;              // instead of the config's; 0 for none
   std::function<bool()> stopped;  // asked once a layer; true ends the pass with Cancelled
@@ -63,6 +77,14 @@ class TextModel {
   static StatusOr<std::unique_ptr<TextModel>> Load(const TextConfig& config, WeightStore weights,
                                                    const TextModelOptions& options,
                                                    const ProgressFn& progress);
+
+  // `base` with other values of some tensors, float32 views that need live until it returns, for whole
+  // passes at once: the two share all else, caches included. Matrices are held in `dtype`, float32,
+  // bfloat16 or float16. FailedPrecondition while adapters are merged into `base` or its experts are
+  // on disk, ResourceExhausted where the values do not fit in memory.
+  using NewWeights = std::vector<std::pair<std::string, TensorView>>;
+  static StatusOr<std::shared_ptr<TextModel>> Override(std::shared_ptr<TextModel> base,
+                                                       const NewWeights& weights, DType dtype);
 
   // Runs the pass and appends its tokens to their caches; logits [logits_rows, V]. On any error the
   // caches have their previous length. Calls of several threads take turns; FailedPrecondition for a
@@ -109,6 +131,7 @@ class TextModel {
 
  private:
   TextModel() = default;
+  Status Build();  // from config_, options_ and weights_
   struct InputLayers;
   struct Rows;
   Status RunLayers(const PassRequest& request, PassContext& ctx, std::vector<float>& logits);
@@ -118,6 +141,7 @@ class TextModel {
               PassContext& ctx, std::vector<float>& logits) const;
   void SetBatch(const Batch& batch, PassContext& ctx) const;
 
+  std::shared_ptr<const TextModel> base_;  // whose memory an overridden model reads
   uint64_t id_ = 0;
   TextConfig config_;
   TextModelOptions options_;
@@ -137,8 +161,10 @@ class TextModel {
   float embed_scale_ = 0.0f;
   float per_layer_scale_ = 0.0f;
 
-  Arena arena_;                                // of the running pass
-  std::atomic<std::thread::id> driving_ = {};  // the thread that runs a pass
+  Arena arena_;  // of the running pass
+  // The thread that runs a pass of this model or of one that shares its weights.
+  std::shared_ptr<std::atomic<std::thread::id>> driving_ =
+      std::make_shared<std::atomic<std::thread::id>>();
 };
 
 }  // namespace gemloupe

@@ -39,16 +39,19 @@ StatusOr<VisionLayer> VisionLayer::Load(const VisionConfig& config, int index,
                         weights.TakeFloats(names::vision::OfLayer(index, name), size));
     *norm = Norm(std::move(weight), eps);
   }
-  for (const auto& [linear, name, rows, cols] :
-       {std::tuple{&layer.q_proj_, names::kQProj, q_rows, hidden},
-        std::tuple{&layer.k_proj_, names::kKProj, kv_rows, hidden},
-        std::tuple{&layer.v_proj_, names::kVProj, kv_rows, hidden},
-        std::tuple{&layer.o_proj_, names::kOProj, hidden, q_rows},
-        std::tuple{&layer.gate_proj_, names::kGateProj, config.intermediate_size, hidden},
-        std::tuple{&layer.up_proj_, names::kUpProj, config.intermediate_size, hidden},
-        std::tuple{&layer.down_proj_, names::kDownProj, hidden, config.intermediate_size}}) {
-    GL_ASSIGN_OR_RETURN(*linear, ReadClipped(names::vision::OfLayer(index, name), rows, cols,
-                                             config.use_clipped_linears, weights));
+  for (const auto& [linear, module, name, rows, cols] :
+       {std::tuple{&layer.q_proj_, AdaptedModule::kVisionQProj, names::kQProj, q_rows, hidden},
+        std::tuple{&layer.k_proj_, AdaptedModule::kVisionKProj, names::kKProj, kv_rows, hidden},
+        std::tuple{&layer.v_proj_, AdaptedModule::kVisionVProj, names::kVProj, kv_rows, hidden},
+        std::tuple{&layer.o_proj_, AdaptedModule::kVisionOProj, names::kOProj, hidden, q_rows},
+        std::tuple{&layer.gate_proj_, AdaptedModule::kVisionGateProj, names::kGateProj,
+                   config.intermediate_size, hidden},
+        std::tuple{&layer.up_proj_, AdaptedModule::kVisionUpProj, names::kUpProj,
+                   config.intermediate_size, hidden},
+        std::tuple{&layer.down_proj_, AdaptedModule::kVisionDownProj, names::kDownProj, hidden,
+                   config.intermediate_size}}) {
+    const ClippedSource source = {module, names::vision::OfLayer(index, name), rows, cols};
+    GL_ASSIGN_OR_RETURN(*linear, ReadClipped(source, config.use_clipped_linears, weights));
   }
   return layer;
 }

@@ -67,6 +67,7 @@ Status VisionModel::Encode(const Request& request, std::vector<float>& soft_toke
   batch.positions.resize(static_cast<size_t>(rows));
   std::iota(batch.positions.begin(), batch.positions.end(), request.first_row);
   batch.segments.push_back({nullptr, 0, rows, request.first_row, request.first_row + rows});
+  const std::vector<AdapterMix> adapters = {request.adapters};
   PassHooks hooks;
   hooks.of_segment = {request.hooks};
   const bool hooked = request.hooks != nullptr && !request.hooks->empty();
@@ -78,6 +79,7 @@ Status VisionModel::Encode(const Request& request, std::vector<float>& soft_toke
     ctx.batch = &batch;
     ctx.arena = &arena_;
     ctx.hooks = hooked ? &hooks : nullptr;
+    ctx.adapters = request.adapters.empty() ? nullptr : &adapters;
     ctx.path = {.row_exact = options_.invariant, .bfloat16 = options_.bfloat16_matmul};
     status = Run(request, ctx, Matrix(soft_tokens.data(), count, config_.text_hidden_size));
     status.Update(hooks.status);

@@ -43,6 +43,7 @@ class VisionModel {
     PatchGrid image;
     Hooks* hooks = nullptr;
     int64_t first_row = 0;
+    AdapterMix adapters;
     std::function<bool()> stopped;  // asked once a layer; true ends it with Cancelled
   };
   Status Encode(const Request& request, std::vector<float>& soft_tokens);

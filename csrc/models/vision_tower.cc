@@ -2,27 +2,29 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
+#include "layers/lora.h"
 #include "models/weight_names.h"
-#include "ops/linear.h"
 #include "ops/rope.h"
 #include "ops/rows.h"
 
 namespace gemloupe {
 namespace {
 
-// Shows the soft tokens' rows, of which an image has fewer than patches.
-void VisitCells(HookPoint point, const PassContext& ctx, int64_t cell, Matrix x) {
-  if (ctx.hooks == nullptr || !ctx.Wants(point)) return;
-  std::vector<int64_t> positions(static_cast<size_t>(x.rows));
-  for (int64_t row = 0; row < x.rows; ++row) {
-    positions[static_cast<size_t>(row)] = ctx.batch->positions[0] / (cell * cell) + row;
-  }
-  Site site;
-  site.point = point;
-  site.positions = positions;
-  ctx.VisitSegment(0, site, x);
+// The soft tokens' rows, of which an image has fewer than patches.
+Batch CellsOf(const Batch& patches, int64_t count, int64_t patches_per_cell) {
+  Batch cells;
+  cells.positions.resize(static_cast<size_t>(count));
+  std::iota(cells.positions.begin(), cells.positions.end(),
+            patches.positions[0] / patches_per_cell);
+  Segment segment;
+  segment.rows = count;
+  segment.position = cells.positions[0];
+  segment.end = segment.position + count;
+  cells.segments.push_back(segment);
+  return cells;
 }
 
 }  // namespace
@@ -77,7 +79,9 @@ Status VisionTower::Run(const Request& request, PassContext& ctx, Matrix soft_to
   const int64_t cell = config_.pooling_kernel_size;
   const Matrix pooled = ctx.arena->NewMatrix(soft_tokens.rows, resid.cols);
   Pool(resid, columns, pooled);
-  VisitCells(HookPoint::kVisionPooled, ctx, cell, pooled);
+  const Batch cells = CellsOf(*ctx.batch, pooled.rows, cell * cell);
+  ctx.batch = &cells;
+  ctx.Visit(HookPoint::kVisionPooled, pooled);
   if (config_.standardize) {
     for (int64_t row = 0; row < pooled.rows; ++row) {
       float* of = pooled.row(row);
@@ -86,11 +90,12 @@ Status VisionTower::Run(const Request& request, PassContext& ctx, Matrix soft_to
         of[i] = (of[i] - std_bias_[at]) * std_scale_[at];
       }
     }
-    VisitCells(HookPoint::kVisionStandardized, ctx, cell, pooled);
+    ctx.Visit(HookPoint::kVisionStandardized, pooled);
   }
   projection_norm_.Forward(pooled, pooled);
-  GL_RETURN_IF_ERROR(Linear(pooled, {{&projection_, soft_tokens}}, ctx.path, *ctx.arena));
-  VisitCells(HookPoint::kVisionSoftTokens, ctx, cell, soft_tokens);
+  GL_RETURN_IF_ERROR(
+      AdaptedLinear(pooled, {{AdaptedModule::kVisionProjection, &projection_, soft_tokens}}, ctx));
+  ctx.Visit(HookPoint::kVisionSoftTokens, soft_tokens);
   return absl::OkStatus();
 }
 
@@ -103,7 +108,8 @@ Status VisionTower::Embed(const PatchGrid& image, const PassContext& ctx, Matrix
       scaled.row(row)[i] = 2.0f * (image.patches.row(row)[i] - 0.5f);
     }
   }
-  GL_RETURN_IF_ERROR(Linear(scaled, {{&input_proj_, resid}}, ctx.path, *ctx.arena));
+  GL_RETURN_IF_ERROR(
+      AdaptedLinear(scaled, {{AdaptedModule::kVisionInputProj, &input_proj_, resid}}, ctx));
   const Matrix position = ctx.arena->NewMatrix(resid.rows, resid.cols);
   const Matrix of_row = ctx.arena->NewMatrix(resid.rows, resid.cols);
   std::vector<int32_t> ids(static_cast<size_t>(resid.rows));

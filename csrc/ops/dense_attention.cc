@@ -5,6 +5,7 @@
 #include "base/first_error.h"
 #include "base/thread_pool.h"
 #include "ops/dispatch.h"
+#include "ops/onednn.h"
 
 namespace gemloupe {
 namespace {
@@ -31,14 +32,13 @@ Status DenseAttention(ConstMatrix q, ConstMatrix k, ConstMatrix v, int64_t head_
   const int64_t heads = q.cols / head_dim;
   const int64_t group = q.cols / k.cols;
   const Arena::Scope scope(arena);
-  // The products read rows of their right side: vᵀ [K · H, T].
-  const Matrix columns = arena.NewMatrix(v.cols, v.rows);
-  ThreadPool::Get().ParallelFor(v.cols / head_dim, [&](int64_t head, int) {
-    for (int64_t row = 0; row < v.rows; ++row) {
-      for (int64_t i = head * head_dim; i < (head + 1) * head_dim; ++i) {
-        columns.row(i)[row] = v.row(row)[i];
-      }
-    }
+  // Our kernels read the right side of a product [k, n] by columns, oneDNN faster by rows.
+  const bool by_rows = ChooseEngine(q.rows, DType::kFloat32, path) == Engine::kOnednnFloat32;
+  const ConstMatrix turned = by_rows ? k : v;
+  const Matrix columns = arena.NewMatrix(turned.cols, turned.rows);  // [K · H, T]
+  ThreadPool::Get().ParallelFor(turned.cols / head_dim, [&](int64_t head, int) {
+    Kernels().transpose(columns.row(head * head_dim), columns.stride, turned.data + head * head_dim,
+                        turned.stride, turned.rows, head_dim);
   });
   const int64_t blocks = (q.rows + kQueries - 1) / kQueries;
   FirstError error;
@@ -50,14 +50,17 @@ Status DenseAttention(ConstMatrix q, ConstMatrix k, ConstMatrix v, int64_t head_
     const Matrix scores(Scores(kQueries * k.rows), rows, k.rows);
     const ConstMatrix queries = Columns(q.RowRange(first, rows), head * head_dim, head_dim);
     const Matrix out(z.row(first) + head * head_dim, rows, head_dim, z.stride);
-    error.Add(LinearAlone(queries, Columns(k, kv_begin, head_dim), scores, path));
+    const ConstMatrix of_head(columns.RowRange(kv_begin, head_dim));
+    error.Add(by_rows ? OnednnMatmulColumnsF32(queries, of_head, scores)
+                      : LinearAlone(queries, Columns(k, kv_begin, head_dim), scores, path));
     for (int64_t row = 0; row < rows; ++row) {
       float* of = scores.row(row);
       const float max = Kernels().max(of, scores.cols);
       const float sum = Kernels().exp_sum(of, of, max, scores.cols);
       Kernels().scale(of, of, 1.0f / sum, scores.cols);
     }
-    error.Add(LinearAlone(scores, ConstMatrix(columns.RowRange(kv_begin, head_dim)), out, path));
+    error.Add(by_rows ? OnednnMatmulColumnsF32(scores, Columns(v, kv_begin, head_dim), out)
+                      : LinearAlone(scores, of_head, out, path));
   });
   return error.Take();
 }

@@ -12,7 +12,7 @@ namespace gemloupe {
 
 // Attention of all rows to all rows, without mask and cache: z [T, N · H] = softmax(q · kᵀ) · v per
 // head, scaling 1. q [T, N · H]; k and v [T, K · H], query head n reads key-value head n / (N / K).
-// Beside vᵀ it needs room for some rows of scores a thread, not for [T, T].
+// Beside kᵀ or vᵀ it needs room for some rows of scores a thread, not for [T, T].
 Status DenseAttention(ConstMatrix q, ConstMatrix k, ConstMatrix v, int64_t head_dim, Matrix z,
                       const MatmulPath& path, Arena& arena);
 

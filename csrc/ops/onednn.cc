@@ -67,8 +67,8 @@ const dnnl::engine& Engine() {
 }
 
 struct MatmulKey {
-  // m, n, k, then the strides of src, weight and dst.
-  std::array<int64_t, 6> sizes;
+  // m, n, k, then the strides of src, of the right side along k and n, and of dst.
+  std::array<int64_t, 7> sizes;
   dnnl::memory::data_type dtype;
 
   bool operator==(const MatmulKey& other) const {
@@ -89,10 +89,10 @@ struct CachedMatmul {
 };
 
 CachedMatmul MakeMatmul(const MatmulKey& key) {
-  const auto [m, n, k, src_stride, weight_stride, dst_stride] = key.sizes;
+  const auto [m, n, k, src_stride, k_stride, n_stride, dst_stride] = key.sizes;
   using Desc = dnnl::memory::desc;
   const Desc src({m, k}, key.dtype, dnnl::memory::dims{src_stride, 1});
-  const Desc weight({k, n}, key.dtype, dnnl::memory::dims{1, weight_stride});
+  const Desc weight({k, n}, key.dtype, dnnl::memory::dims{k_stride, n_stride});
   const Desc dst({m, n}, dnnl::memory::data_type::f32, dnnl::memory::dims{dst_stride, 1});
   dnnl::primitive_attr attr;
   attr.set_scratchpad_mode(dnnl::scratchpad_mode::user);
@@ -155,22 +155,24 @@ class ThreadContext {
   uint64_t uses_ = 0;
 };
 
+// A single row has no stride; give it the plain one, so that fewer primitives are made.
+template <typename M>
+int64_t Stride(const M& matrix) {
+  return matrix.rows == 1 ? matrix.cols : matrix.stride;
+}
+
+// The right side [k, n] lies at `right` with the given strides.
 template <typename T>
-Status Matmul(MatrixView<const T> src, MatrixView<const T> weight, Matrix dst,
-              dnnl::memory::data_type dtype) {
-  GL_CHECK(src.rows == dst.rows && weight.rows == dst.cols && src.cols == weight.cols);
+Status Matmul(MatrixView<const T> src, const T* right, int64_t k_stride, int64_t n_stride,
+              Matrix dst, dnnl::memory::data_type dtype) {
   if (dst.rows == 0 || dst.cols == 0) return absl::OkStatus();
   GL_CHECK(src.cols > 0);
   GL_RETURN_IF_ERROR(Prepare());
-  // A single row has no stride; give it the plain one, so that fewer primitives are made.
-  const auto stride = [](const auto& matrix) {
-    return matrix.rows == 1 ? matrix.cols : matrix.stride;
-  };
-  const MatmulKey key{{dst.rows, dst.cols, src.cols, stride(src), stride(weight), stride(dst)},
+  const MatmulKey key{{dst.rows, dst.cols, src.cols, Stride(src), k_stride, n_stride, Stride(dst)},
                       dtype};
   const OneOpenMpThread one_thread;
   try {
-    ThreadContext::Get().Matmul(key, src.data, weight.data, dst.data);
+    ThreadContext::Get().Matmul(key, src.data, right, dst.data);
   } catch (const dnnl::error& error) {
     const std::string message = absl::StrCat("oneDNN matmul of ", dst.rows, " x ", dst.cols, " x ",
                                              src.cols, ": ", error.what());
@@ -188,12 +190,19 @@ Status Matmul(MatrixView<const T> src, MatrixView<const T> weight, Matrix dst,
 }  // namespace
 
 Status OnednnMatmulF32(ConstMatrix src, ConstMatrix weight, Matrix dst) {
-  return Matmul<float>(src, weight, dst, dnnl::memory::data_type::f32);
+  GL_CHECK(src.rows == dst.rows && weight.rows == dst.cols && src.cols == weight.cols);
+  return Matmul<float>(src, weight.data, 1, Stride(weight), dst, dnnl::memory::data_type::f32);
+}
+
+Status OnednnMatmulColumnsF32(ConstMatrix src, ConstMatrix right, Matrix dst) {
+  GL_CHECK(src.rows == dst.rows && right.cols == dst.cols && src.cols == right.rows);
+  return Matmul<float>(src, right.data, Stride(right), 1, dst, dnnl::memory::data_type::f32);
 }
 
 Status OnednnMatmulBf16(MatrixView<const uint16_t> src, MatrixView<const uint16_t> weight,
                         Matrix dst) {
-  return Matmul<uint16_t>(src, weight, dst, dnnl::memory::data_type::bf16);
+  GL_CHECK(src.rows == dst.rows && weight.rows == dst.cols && src.cols == weight.cols);
+  return Matmul<uint16_t>(src, weight.data, 1, Stride(weight), dst, dnnl::memory::data_type::bf16);
 }
 
 std::string OnednnVersion() {

@@ -50,6 +50,17 @@ Status CheckRoom(const TextModel& model, const KvCache& cache, int64_t count, in
         "the cache belongs to another model, expected one of this model; make it with this model's "
         "new_cache()");
   }
+  for (int layer = 0; layer < static_cast<int>(cache.layers().size()); ++layer) {
+    const bool own_entries = cache.layers()[static_cast<size_t>(layer)].source == layer;
+    if (!own_entries || cache.storage(layer) != KvStorage::kDerived) continue;
+    const auto& held = cache.layers()[static_cast<size_t>(layer)].key_weight;
+    const auto& own = model.kv_layers()[static_cast<size_t>(layer)].key_weight;
+    if (held == own || *held == *own) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the cache derives the keys of layer ", layer,
+        " from its values by the k_norm of other weights; expected one that was made under these "
+        "(inside the block of model.override), or by new_cache(separate_keys=True)"));
+  }
   const int64_t limit = cache.start() + cache.options().max_tokens;
   if (cache.length() + count > limit) {
     return absl::OutOfRangeError(absl::StrCat(
@@ -85,8 +96,22 @@ StatusOr<std::shared_ptr<KvCache>> NewCache(const TextModel& model, KvCacheOptio
   return std::make_shared<KvCache>(model.kv_layers(), options);
 }
 
-Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logits) {
+Status Run(TextModel& model, const RunRequest& request, RunResult& result) {
   const auto count = static_cast<int64_t>(request.ids.size());
+  const int64_t vocab = model.config().vocab_size;
+  const bool scored = !request.targets.empty();
+  if (scored && static_cast<int64_t>(request.targets.size()) != count) {
+    return absl::InvalidArgumentError(absl::StrCat("there are ", request.targets.size(),
+                                                   " targets, expected one for each of the ", count,
+                                                   " ids"));
+  }
+  for (const int32_t target : request.targets) {
+    if (target < -1 || target >= vocab) {
+      return absl::InvalidArgumentError(absl::StrCat("target ", target,
+                                                     " is outside the vocabulary (0 to ", vocab - 1,
+                                                     "; −1 stands for none)"));
+    }
+  }
   KvCache& cache = *request.cache;
   GL_ASSIGN_OR_RETURN(const KvLease lease, KvLease::Take(request.cache));
   const MediaInput* media = request.media.get();
@@ -99,9 +124,10 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
   // A pass that sees later positions can't be cut.
   const int64_t chunk = bidirectional ? count : std::max<int64_t>(1, request.chunk);
   RestoreUnlessDone restore(cache);
-  const int64_t vocab = model.config().vocab_size;
-  logits.clear();
-  logits.reserve(static_cast<size_t>((request.logits_end - request.logits_begin) * vocab));
+  const int64_t cols = request.vocab.empty() ? vocab : static_cast<int64_t>(request.vocab.size());
+  result = {};
+  result.logits.reserve(static_cast<size_t>((request.logits_end - request.logits_begin) * cols));
+  std::vector<TokenScore> chunk_scores;
   std::vector<float> chunk_logits;
   int64_t end = 0;
   for (int64_t begin = 0; begin < count; begin = end) {
@@ -110,9 +136,21 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
     PassRequest pass;
     pass.batch.Append(&cache, request.ids.data() + begin, end - begin);
     if (media != nullptr) pass.batch.SetMedia(*media, begin);
-    for (int64_t row = std::max(begin, request.logits_begin);
-         row < std::min(end, request.logits_end); ++row) {
+    const int64_t first = std::clamp(request.logits_begin, begin, end);
+    const int64_t last = std::clamp(request.logits_end, first, end);
+    for (int64_t row = scored ? begin : first; row < (scored ? end : last); ++row) {
       pass.logits_rows.push_back(row - begin);
+    }
+    LogitsReading reading;
+    if (scored) {
+      reading.targets.assign(request.targets.begin() + begin, request.targets.begin() + end);
+    }
+    if (scored || !request.vocab.empty()) {
+      reading.vocab = request.vocab;
+      reading.given_begin = scored ? first - begin : 0;
+      reading.given_end = reading.given_begin + last - first;
+      reading.scores = &chunk_scores;
+      pass.reading = &reading;
     }
     if (request.hooks != nullptr) pass.hooks = {request.hooks};
     if (!request.adapters.empty()) pass.adapters = {request.adapters};
@@ -122,9 +160,12 @@ Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logi
     pass.stopped = request.stopped;
     GL_RETURN_IF_ERROR(model.Forward(pass, chunk_logits));
     if (begin == 0 && end == count) {
-      logits.swap(chunk_logits);
+      result.logits.swap(chunk_logits);
     } else {
-      logits.insert(logits.end(), chunk_logits.begin(), chunk_logits.end());
+      result.logits.insert(result.logits.end(), chunk_logits.begin(), chunk_logits.end());
+    }
+    if (scored) {
+      result.scores.insert(result.scores.end(), chunk_scores.begin(), chunk_scores.end());
     }
   }
   restore.Done();

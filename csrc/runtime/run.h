@@ -22,6 +22,8 @@ struct RunRequest {
   std::shared_ptr<KvCache> cache;  // the tokens are appended to it
   int64_t logits_begin = 0;        // rows [logits_begin, logits_end) of ids give logits
   int64_t logits_end = 0;
+  std::vector<int32_t> vocab;    // the columns of logits that are given; empty: all
+  std::vector<int32_t> targets;  // one for each of ids, −1 for none; empty: no scores
   Hooks* hooks = nullptr;
   AdapterMix adapters;
   std::shared_ptr<const MediaInput> media;  // of ids; null: words only
@@ -33,8 +35,13 @@ struct RunRequest {
   std::function<bool()> stopped;
 };
 
-// logits [logits_end − logits_begin, V]. On any error the cache is as it was.
-Status Run(TextModel& model, const RunRequest& request, std::vector<float>& logits);
+struct RunResult {
+  std::vector<float> logits;       // [logits_end − logits_begin, V or vocab]
+  std::vector<TokenScore> scores;  // [ids], with targets
+};
+
+// On any error the cache is as it was.
+Status Run(TextModel& model, const RunRequest& request, RunResult& result);
 
 // OutOfRange or ResourceExhausted, with the figures, if `cache` can't take `count` more tokens.
 Status CheckRoom(const TextModel& model, const KvCache& cache, int64_t count, int64_t chunk);

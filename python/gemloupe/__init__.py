@@ -18,10 +18,12 @@ from gemloupe.analysis import (
     patching_grid,
     steering_vector,
 )
+from gemloupe.batch import run_batch
 from gemloupe.cache import KvCache
 from gemloupe.capturing import at
 from gemloupe.comparison import compare, record_reference
 from gemloupe.conversion import convert
+from gemloupe.documents import Pack, pack
 from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
@@ -29,6 +31,7 @@ from gemloupe.media.boxes import Box, parse_boxes
 from gemloupe.media.videos import video
 from gemloupe.model import Model, load
 from gemloupe.output import Output
+from gemloupe.perplexity import Divergence, Perplexity, kl, perplexity
 from gemloupe.prompt import Prompt
 from gemloupe.router_trace import RouterTrace
 from gemloupe.run import Run
@@ -54,10 +57,13 @@ def hook_points(model: Model) -> dict[str, HookPoint]:
 __all__ = [
     "Activations",
     "Box",
+    "Divergence",
     "HookPoint",
     "KvCache",
     "Model",
     "Output",
+    "Pack",
+    "Perplexity",
     "Piece",
     "Prompt",
     "RouterTrace",
@@ -76,14 +82,18 @@ __all__ = [
     "help",
     "hook_points",
     "induction_scores",
+    "kl",
     "load",
     "logit_lens",
     "open_activations",
+    "pack",
     "parse_boxes",
     "patching_grid",
+    "perplexity",
     "plot",
     "record",
     "record_reference",
+    "run_batch",
     "steering_vector",
     "transcribe",
     "video",

@@ -132,6 +132,7 @@ class KvCache:
 class Weights:
     def __init__(self) -> None: ...
     def add_file(self, path: str, entries: Sequence[TensorEntry]) -> None: ...
+    def add_values(self, name: str, values: Any) -> None: ...
     def add_pack_quantized(
         self,
         name: str,
@@ -191,8 +192,20 @@ class VisionOptions:
 class VisionModel:
     def __init__(self, config: VisionConfig, weights: Weights, options: VisionOptions) -> None: ...
     def encode(
-        self, patches: np.ndarray, columns: int, hooks: Hooks | None = ..., first_row: int = ...
+        self,
+        patches: np.ndarray,
+        columns: int,
+        hooks: Hooks | None = ...,
+        first_row: int = ...,
+        adapters: Sequence[tuple[Adapter, float]] = ...,
     ) -> np.ndarray: ...
+
+class TokenScores:
+    def __init__(self, targets: Sequence[int]) -> None: ...
+    @property
+    def logprobs(self) -> np.ndarray: ...
+    @property
+    def entropy(self) -> np.ndarray: ...
 
 class TextModel:
     def __init__(
@@ -202,6 +215,7 @@ class TextModel:
         options: TextModelOptions,
         progress: Callable[[float], None] | None = None,
     ) -> None: ...
+    def override(self, weights: Sequence[tuple[str, np.ndarray]], dtype: str) -> TextModel: ...
     def weight_dtype(self, name: str) -> str: ...
     def weight_rows(self, name: str, ids: Sequence[int]) -> np.ndarray: ...
     @property
@@ -225,6 +239,8 @@ class TextModel:
         resid_pre: np.ndarray | None = ...,
         adapters: Sequence[tuple[Adapter, float]] = ...,
         media: MediaInput | None = ...,
+        vocab: Sequence[int] = ...,
+        scores: TokenScores | None = ...,
     ) -> np.ndarray | None: ...
     def unembed(
         self, x: np.ndarray, norm: bool, softcap: float | None, vocab: Sequence[int]
@@ -263,13 +279,13 @@ class Adapter:
         a: np.ndarray,
         b: np.ndarray,
         scale: float,
-        bias: np.ndarray | None = ...,
         gain: np.ndarray | None = ...,
     ) -> None: ...
     def add_experts(
         self, layer: int, module: str, a: np.ndarray, b: np.ndarray, scale: float
     ) -> None: ...
     def replace(self, layer: int, module: str, weight: np.ndarray) -> None: ...
+    def shift(self, layer: int, module: str, shift: np.ndarray) -> None: ...
     def replace_rows(self, module: str, ids: Sequence[int], rows: np.ndarray) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -457,7 +473,12 @@ class AudioTower:
     @property
     def mapped_bytes(self) -> int: ...
     def encode(
-        self, features: np.ndarray, state: AudioState, last: bool, hooks: Hooks | None = None
+        self,
+        features: np.ndarray,
+        state: AudioState,
+        last: bool,
+        hooks: Hooks | None = None,
+        adapters: Sequence[tuple[Adapter, float]] = ...,
     ) -> np.ndarray: ...
 
 def function_edit(

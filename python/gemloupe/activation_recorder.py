@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from gemloupe import _core, capturing, hooks
+from gemloupe import _core, capturing
 from gemloupe.activation_file import DTYPES, ActivationFileWriter, Column
 from gemloupe.config import TextConfig
 from gemloupe.errors import one_of, quoted
@@ -40,6 +40,7 @@ def record(
     format: str = "safetensors",
     dtype: str = "float32",
     edit: Any = None,
+    adapter: Any = None,
     logits: str | slice | None = None,
     chunk: int = _core.DEFAULT_CHUNK,
     context_size: int | None = None,
@@ -50,10 +51,11 @@ def record(
     """Runs `model` over `inputs`, one after the other, and writes captures to disk as they come.
 
     `inputs`: one input as `model.run` takes it, or an iterable of these or of batches, a generator
-    too. Memory: what is captured of one input, whatever their number. `capture`, `edit`, `logits`,
-    `chunk`, `thinking`, `bos`: as in `model.run`; logits="all" is for the points `logits…`. All
-    points need rows of the same positions; points whose rows are cached positions or pairs of them
-    (attn.keys, attn.scores, …) are not taken. Shows a progress bar on a terminal.
+    too; media come in a chat's parts or a `Prompt`. Memory: what is captured of one input, whatever
+    their number. `capture`, `edit`, `adapter`, `logits`, `chunk`, `thinking`, `bos`: as in
+    `model.run`; logits="all" is for the points `logits…`. All points need rows of the same
+    positions; points whose rows are cached positions or pairs of them (attn.keys, attn.scores, …)
+    are not taken. Shows a progress bar on a terminal.
 
     format "safetensors": a file that `gl.open_activations` and every reader of safetensors opens:
     for each point a tensor [rows, …] under its name in `dtype` ("float32", "float16", "bfloat16";
@@ -76,7 +78,8 @@ def record(
     _check_choice("format", format, FORMATS)
     _check_choice("dtype", dtype, list(DTYPES)[:2] if format == "saelens" else list(DTYPES))
     text = model.config.text
-    wanted, _ = capturing.parse_capture(capture, text)
+    adapters = model.adapters.selected(adapter)
+    wanted, _ = capturing.parse_capture(capture, text, adapters)
     _check_points(wanted)
     if (context_size is None) != (format == "safetensors"):
         raise ValueError(
@@ -85,7 +88,7 @@ def record(
         )
     _check_destination(destination, format, overwrite)
     source = _Inputs(model, inputs, thinking, bos)
-    arguments = {"edit": edit, "logits": logits, "chunk": chunk}
+    arguments = {"edit": edit, "adapter": dict(adapters.adapters), "logits": logits, "chunk": chunk}
     writer: _Writer
     if format == "saelens":
         writer = _saelens_writer(destination, wanted, text, dtype, context_size or 0)
@@ -254,7 +257,7 @@ class _FileWriter:
 
 
 def _column(wanted: capturing.Wanted, config: TextConfig, dtype: str) -> Column:
-    shape = hooks.point_shape(wanted.point, config)
+    shape = wanted.shape(config)
     if wanted.at.reduce == "norm":
         shape = shape[:-1] if len(shape) > 1 else ()
     is_choice = wanted.point.name.endswith("router.experts") and wanted.at.reduce is None
@@ -302,9 +305,9 @@ def _saelens_writer(
             f"capture is {one_of([one.key for one in wanted[:8]])} ({len(wanted)} points); "
             'expected one point, not reduced, for format="saelens"'
         )
-    point = wanted[0].point
-    width = int(np.prod(hooks.point_shape(point, config), dtype=np.int64))
-    name = point.transformer_lens or point.name
+    one = wanted[0]
+    width = int(np.prod(one.shape(config), dtype=np.int64))
+    name = one.key if one.delta else one.point.transformer_lens or one.point.name
     return _SaelensWriter(path, name, width, context_size, dtype)
 
 

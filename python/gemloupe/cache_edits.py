@@ -7,12 +7,19 @@ from contextlib import contextmanager
 
 from gemloupe import capturing
 from gemloupe.cache import KvCache
+from gemloupe.media import tower_hooks
 
 
 def note(cache: KvCache, request: capturing.Request) -> None:
     """Notes the edits under which a cache's next entries are computed, in front of the pass."""
     for point, edit in request.edits:
         cache.note("edit", f"{point.name}: {edit.kind}")
+
+
+def note_towers(cache: KvCache, request: tower_hooks.TowerRequest) -> None:
+    """Notes the edits in the towers from which the next entries' soft tokens come."""
+    for edited in request.edited:
+        cache.note("edit", edited)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def fingerprint(model: Model) -> str:
     The final norm is stored in full precision in every format, and any training changes it.
     """
     text = model.config.text
-    norm = np.ascontiguousarray(model.weights["norm.weight"], "<f4")
+    norm = np.ascontiguousarray(model.loaded_weights["norm.weight"], "<f4")
     fields: dict[str, Any] = {name: getattr(text, name) for name in _MODEL_FIELDS}
     fields["layers"] = [
         {name: getattr(layer, name) for name in _LAYER_FIELDS} for layer in text.layers

@@ -99,7 +99,8 @@ def parse_capture(
             raise TypeError(f"capture has {quoted(pattern)}; expected names or patterns")
         spec = how if isinstance(how, At) else At(how)
         if pattern.startswith(deltas.PREFIX):
-            for key, delta in deltas.match(pattern, adapters).items():
+            tower = getattr(config, "tower", "")
+            for key, delta in deltas.match(pattern, adapters, tower).items():
                 found[key] = Wanted(key, points[delta.point], False, spec, delta)
             continue
         plain, before = hooks.split_before(pattern)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,6 +94,12 @@ class Checkpoint:
     """Full names of vision and audio tensors, by the module that holds them."""
     provenance: packed.Provenance | None = None
     """Of a packed checkpoint."""
+    mmproj: Path | None = None
+    """The file that the towers of a GGUF checkpoint are in."""
+    restore: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(
+        default_factory=dict, repr=False
+    )
+    """Of tower tensors that an mmproj file holds changed: their values from what is stored."""
 
     @property
     def dtype(self) -> str:
@@ -119,18 +125,30 @@ class Checkpoint:
         return Tokenizer(self.folder, self.config)
 
 
-def open_checkpoint(source: str | os.PathLike[str], *, folder: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    folder: Path | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
     """Reads the checkpoint that `source` names: a folder, a GGUF file, a hub id, or "demo:edge".
 
-    `folder` skips the search and is read as it is. Raises FileNotFoundError (with close matches),
+    `folder` skips the search and is read as it is. `mmproj`: llama.cpp's file of the towers of a
+    GGUF file's model, "auto" for the one beside it. Raises FileNotFoundError (with close matches),
     ConnectionError (hub out of reach), and ValueError naming file, field or tensor, got and
     expected.
     """
     folder = resolve(source) if folder is None else folder
     if folder.is_file():
-        from gemloupe.gguf import open_gguf
+        from gemloupe import gguf
+        from gemloupe import mmproj as _mmproj
 
-        return open_gguf(os.fspath(source), folder)
+        return _mmproj.attach(gguf.open_gguf(os.fspath(source), folder), mmproj)
+    if mmproj not in (None, "auto"):
+        raise ValueError(
+            f"mmproj is {quoted(os.fspath(mmproj))}, but {folder} is a folder, which holds its own "
+            "towers; expected a GGUF file as the model. Leave out mmproj."
+        )
     config = read_folder_config(folder)
     if packed.is_packed(folder):
         infos, provenance = packed.read(folder)

@@ -15,6 +15,7 @@ from gemloupe.errors import did_you_mean
 
 if TYPE_CHECKING:
     from gemloupe.conversation import Conversation
+    from gemloupe.documents import Pack
     from gemloupe.model import Model
     from gemloupe.output import Output
     from gemloupe.stream import Stream
@@ -24,9 +25,12 @@ COMMANDS = (
     "chat",
     "transcribe",
     "serve",
+    "batch",
     "inspect",
     "convert",
     "compare",
+    "perplexity",
+    "eval",
     "bench",
     "doctor",
 )
@@ -47,9 +51,10 @@ gemloupe runs the Gemma 4 family on CPUs and lets you see inside. Five things to
 gemloupe COMMAND --help shows the options of a command, with examples. Instead of demo:edge,
 a model may be a folder with a transformers checkpoint, a GGUF file, or a hub id such as
 google/gemma-4-E2B-it; "gemloupe serve" answers OpenAI's and Ollama's clients with it,
-"gemloupe transcribe" writes speech down, "gemloupe convert" makes it four times smaller and
-quicker to load, "gemloupe bench" measures how fast it is here, and "gemloupe compare" finds where
-it parts from a reference."""
+"gemloupe batch" a file of requests, "gemloupe transcribe" writes speech down, "gemloupe convert"
+makes it four times smaller and quicker to load, "gemloupe bench" measures how fast it is here,
+"gemloupe perplexity" and "gemloupe eval" how good it is, and "gemloupe compare" finds where it
+parts from a reference."""
 
 _GENERATE_EXAMPLES = """\
 examples:
@@ -66,6 +71,7 @@ examples:
   gemloupe chat
   gemloupe chat --model google/gemma-4-E2B-it --system "Answer in one sentence."
   gemloupe chat --thinking --max-thinking-tokens 200 --seed 7
+  gemloupe chat --model ./e2b-int4 --with src notes.md "report.pdf#page=1-20"
 
 In the chat, /help lists the commands. Ctrl-C stops a reply, Ctrl-D or /exit ends the chat."""
 
@@ -82,6 +88,7 @@ examples:
   gemloupe inspect demo:moe
   gemloupe inspect google/gemma-4-E2B-it
   gemloupe inspect ./my-checkpoint
+  gemloupe inspect gemma-4-E2B-it-Q4_0.gguf --mmproj mmproj-gemma-4-E2B-it-f16.gguf
   gemloupe inspect --verify ./my-packed-checkpoint"""
 
 _CONVERT_EXAMPLES = """\
@@ -115,6 +122,27 @@ examples:
 Prompts are random ids. pp512: tokens a second of reading a prompt of 512; tg128: of decoding 128;
 d4096: after 4096 tokens; x8: in eight rows at once. Median, least and greatest are shown."""
 
+_PERPLEXITY_EXAMPLES = """\
+examples:
+  gemloupe perplexity wiki.test.raw --model ./e2b-int4
+  gemloupe perplexity book.txt --model ./e2b-int4 --reference google/gemma-4-E2B-it
+  gemloupe perplexity wiki.test.raw --model ./e2b-int4 --window 512 --rule llama.cpp --json
+
+FILE is UTF-8 text. Windows of --window tokens begin every --stride tokens, each with BOS, and every
+token counts once. --rule llama.cpp gives llama-perplexity's figures. With --reference, also the KL
+divergence of each token's distribution, and how often both models find the same token likeliest."""
+
+_EVAL_EXAMPLES = """\
+examples:
+  gemloupe eval --model_args pretrained=demo:edge,dtype=int4 --tasks arc_easy --limit 100
+  gemloupe eval --model_args pretrained=./e2b-int4 --tasks gsm8k --apply_chat_template
+  gemloupe eval --model_args pretrained=./e2b-int4,adapter=./my-lora --tasks wikitext
+  gemloupe eval ls tasks
+  gemloupe eval run --help
+
+Arguments are those of lm-evaluation-harness (needs gemloupe[eval]), in which this command registers
+"--model gemloupe"; gl.help("evaluate") says what --model_args takes."""
+
 _DOCTOR_EXAMPLES = """\
 examples:
   gemloupe doctor
@@ -131,6 +159,16 @@ examples:
 OpenAI's and Ollama's clients work: base_url="http://localhost:11434/v1". gl.help("serve") says what
 the routes take, gl.help("security") what a stranger can send. Ctrl-C lets running requests end."""
 
+_BATCH_EXAMPLES = """\
+examples:
+  gemloupe batch requests.jsonl answers.jsonl --model ./e2b-int4
+  gemloupe batch prompts.jsonl answers.jsonl --temperature 0 --max-new-tokens 64 --in-order
+  gemloupe batch prompts.jsonl answers.jsonl --capture layers.20.resid_post --captures arrays
+
+A line of IN is a request of OpenAI's batches, {"custom_id": "a", "body": {"messages": [...]}}, or
+{"id": "a", "prompt": "..."} or {"messages": [...]} with options such as "max_tokens" beside it.
+Interrupted, by Ctrl-C or a crash, the same command goes on where it was. gl.help("cluster")."""
+
 _CHAT_HELP = """\
 /reset          forget the conversation
 /system TEXT    begin anew with these instructions; without TEXT, with none
@@ -143,14 +181,18 @@ _CHAT_COMMANDS = ("/reset", "/system", "/exit", "/help")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 2 after an error, 130 after Ctrl-C.
 
-    `compare` returns 1 where the models diverge.
+    `compare` returns 1 where the models diverge, `batch` where lines could not be answered.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         hint = did_you_mean(argv[0], COMMANDS) or f"There are {', '.join(COMMANDS)}."
         parser.error(f"no command {argv[0]!r}. {hint[:-1]}")
-    arguments = parser.parse_args(argv)
+    if argv[:1] == ["eval"] and len(argv) > 1 and argv[1] not in ("-h", "--help"):
+        # The harness reads its own arguments.
+        arguments = argparse.Namespace(command="eval", run=_run_eval, arguments=argv[1:])
+    else:
+        arguments = parser.parse_args(argv)
     if arguments.command is None:
         print(WELCOME)
         return 0
@@ -213,17 +255,24 @@ def _parser() -> _Parser:
     _add_chat(commands)
     _add_transcribe(commands)
     _add_serve(commands)
+    _add_batch(commands)
     inspect = _add_command(
         commands, "inspect", _run_inspect, "show what a model is made of", _INSPECT_EXAMPLES
     )
     inspect.add_argument(
         "source", metavar="SOURCE", help="a folder, a GGUF file, a hub id, or demo:edge"
     )
+    _add_mmproj_option(inspect)
     inspect.add_argument(
         "--verify", action="store_true", help="read a packed checkpoint's tensors, check their CRCs"
     )
     _add_convert(commands)
     _add_compare(commands)
+    _add_perplexity(commands)
+    evaluate = _add_command(
+        commands, "eval", _run_eval, "run tasks of lm-evaluation-harness", _EVAL_EXAMPLES
+    )
+    evaluate.add_argument("arguments", metavar="ARGUMENT", nargs="*", help="the harness's")
     _add_bench(commands)
     _add_command(
         commands, "doctor", _run_doctor, "show what this machine can run", _DOCTOR_EXAMPLES
@@ -287,7 +336,45 @@ def _add_generate(commands: Any) -> None:
 def _add_chat(commands: Any) -> None:
     parser = _add_command(commands, "chat", _run_chat, "talk with a model", _CHAT_EXAMPLES)
     _add_model_options(parser)
+    _add_document_options(parser)
     _add_sampling_options(parser)
+
+
+def _add_document_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("documents")
+    group.add_argument(
+        "--with",
+        dest="documents",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATH",
+        help="text, code and PDF files, and folders of them, to talk about",
+    )
+    group.add_argument(
+        "--max-document-tokens",
+        type=_positive,
+        metavar="N",
+        help="of all documents (default: seven eighths of what the model reads)",
+    )
+    group.add_argument(
+        "--pages",
+        choices=("text", "images"),
+        default="text",
+        help="how the model reads PDFs; images need a model that sees (default: text)",
+    )
+    group.add_argument(
+        "--page-tokens",
+        type=_positive,
+        default=280,
+        metavar="N",
+        help="soft tokens of a page as image: 70, 140, 280, 560 or 1120 (default: 280)",
+    )
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="don't keep what was read on disk, and read everything anew",
+    )
 
 
 def _add_serve(commands: Any) -> None:
@@ -303,6 +390,7 @@ def _add_serve(commands: Any) -> None:
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
     )
     group.add_argument("--threads", type=int, help="default: every CPU this process may use")
+    _add_mmproj_option(group)
     _add_adapter_option(group, "load a LoRA adapter of PEFT, which requests may name")
     group.add_argument("--name", metavar="NAME", help="what clients call the model")
     group.add_argument(
@@ -352,6 +440,64 @@ def _add_serve(commands: Any) -> None:
         shown = text if default is None else f"{text} (default: {default})"
         kind = _not_negative if flag == "--prefix-cache" else _positive
         group.add_argument(flag, type=kind, default=default, metavar="N", help=shown)
+
+
+def _add_batch(commands: Any) -> None:
+    parser = _add_command(
+        commands, "batch", _run_batch, "answer the requests of a JSONL file", _BATCH_EXAMPLES
+    )
+    parser.add_argument("source", metavar="IN", help="a file with a request a line")
+    parser.add_argument("destination", metavar="OUT", help="the file that gets the answers")
+    _add_model_options(parser)
+    group = parser.add_argument_group("requests", "What lines get that don't say it themselves.")
+    group.add_argument(
+        "--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256"
+    )
+    group.add_argument("--temperature", type=float, metavar="X", help="0 is greedy")
+    group.add_argument("--top-p", type=float, metavar="X")
+    group.add_argument("--top-k", type=int, metavar="N")
+    group.add_argument("--seed", type=int, metavar="N", help="of the first line; it counts up")
+    group.add_argument("--thinking", action="store_true", help="let the model think first")
+    group.add_argument(
+        "--capture", action="append", metavar="POINT", help="may be given several times"
+    )
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--captures", metavar="FOLDER", help="write captures there, as safetensors files"
+    )
+    group.add_argument("--in-order", action="store_true", help="write answers in the order of IN")
+    group.add_argument("--restart", action="store_true", help="forget the answers that OUT has")
+    group.add_argument(
+        "--max-rows", type=_positive, default=8, metavar="N",
+        help="answers that are generated at once (default: 8)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-memory", type=_positive, metavar="N",
+        help="bytes for keys and values (default: half of what is free)",
+    )  # fmt: skip
+
+
+def _run_batch(arguments: argparse.Namespace) -> int:
+    from gemloupe.batch import run_batch
+
+    names = ("temperature", "top_p", "top_k", "seed", "capture")
+    given = {name: getattr(arguments, name) for name in names}
+    defaults = {name: value for name, value in given.items() if value is not None}
+    if arguments.thinking:
+        defaults["thinking"] = True
+    result = run_batch(
+        _load(arguments),
+        arguments.source,
+        arguments.destination,
+        defaults={**defaults, "max_tokens": arguments.max_new_tokens},
+        captures=arguments.captures,
+        in_order=arguments.in_order,
+        restart=arguments.restart,
+        max_rows=arguments.max_rows,
+        kv_bytes=arguments.kv_memory,
+    )
+    print(f"{arguments.destination}: {result}", file=sys.stderr)
+    return 1 if result.failed else 0
 
 
 def _positive(text: str) -> int:
@@ -408,6 +554,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
             name=arguments.name,
             aliases=aliases,
             load={"dtype": arguments.dtype, "threads": arguments.threads},
+            mmproj=_mmproj(arguments),
             adapters=_adapters(arguments) or {},
             drafter=arguments.drafter,
             limits=limits,
@@ -487,6 +634,33 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw the errors into this picture")
 
 
+def _add_perplexity(commands: Any) -> None:
+    parser = _add_command(
+        commands, "perplexity", _run_perplexity, "measure how well a model predicts a text",
+        _PERPLEXITY_EXAMPLES,
+    )  # fmt: skip
+    parser.add_argument("file", metavar="FILE", help="a text file, or - for one from a pipe")
+    _add_model_options(parser)
+    group = parser.add_argument_group("measure")
+    group.add_argument(
+        "--reference", metavar="MODEL", help="measure the divergence from this model too"
+    )
+    group.add_argument(
+        "--reference-dtype", default="auto", help="auto, float32, bfloat16, int8 or int4"
+    )
+    group.add_argument(
+        "--window", type=_positive, default=2048, metavar="N", help="tokens (default: 2048)"
+    )
+    group.add_argument(
+        "--stride", type=_positive, metavar="N", help="tokens (default: half of the window)"
+    )
+    group.add_argument("--rule", default="strided", help="strided or llama.cpp (default: strided)")
+    group.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="read only the first tokens of FILE"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _add_bench(commands: Any) -> None:
     parser = _add_command(
         commands, "bench", _run_bench, "measure a model's speed here", _BENCH_EXAMPLES
@@ -532,7 +706,21 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
     )
     group.add_argument("--threads", type=int, help="default: every CPU this process may use")
+    _add_mmproj_option(group)
     _add_adapter_option(group)
+
+
+def _add_mmproj_option(parser: Any) -> None:
+    parser.add_argument(
+        "--mmproj",
+        metavar="FILE",
+        default="auto",
+        help="the towers of a GGUF model (default: the only mmproj-*.gguf beside it), or none",
+    )
+
+
+def _mmproj(arguments: argparse.Namespace) -> str | None:
+    return None if arguments.mmproj == "none" else arguments.mmproj
 
 
 def _add_adapter_option(parser: Any, what: str = "run under a LoRA adapter of PEFT") -> None:
@@ -594,6 +782,7 @@ def _load(arguments: argparse.Namespace) -> Model:
         arguments.dtype,
         threads=arguments.threads,
         adapter=_adapters(arguments),
+        mmproj=_mmproj(arguments),
     )
 
 
@@ -730,7 +919,7 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         print(verify(arguments.source))
     else:
-        print(describe(arguments.source))
+        print(describe(arguments.source, _mmproj(arguments)))
 
 
 def _run_convert(arguments: argparse.Namespace) -> None:
@@ -791,6 +980,37 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     return 1 if report.first_divergence else 0
 
 
+def _run_perplexity(arguments: argparse.Namespace) -> None:
+    from gemloupe.model import load
+    from gemloupe.perplexity import kl, perplexity
+
+    if arguments.file == "-":
+        data, name = sys.stdin.buffer.read(), "the text from the pipe"
+    else:
+        data, name = Path(arguments.file).read_bytes(), arguments.file
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text: byte {error.start} belongs to none") from None
+    model = _load(arguments)
+    options = {
+        name: getattr(arguments, name) for name in ("window", "stride", "rule", "max_tokens")
+    }
+    result: Any
+    if arguments.reference is None:
+        result = perplexity(model, text, **options)
+    else:
+        reference = load(arguments.reference, arguments.reference_dtype, threads=arguments.threads)
+        result = kl(model, reference, text, **options)
+    print(json.dumps(result.as_dict()) if arguments.json else result)
+
+
+def _run_eval(arguments: argparse.Namespace) -> int:
+    from gemloupe.integrations import lm_eval
+
+    return lm_eval.main(arguments.arguments)
+
+
 def _run_bench(arguments: argparse.Namespace) -> None:
     from gemloupe import bench
 
@@ -831,7 +1051,8 @@ def _run_chat(arguments: argparse.Namespace) -> None:
 
     model = _load(arguments)
     options = _options(arguments, 1024)
-    chat = Conversation(model, arguments.system, arguments.thinking, **options)
+    documents = _documents(arguments, model) if arguments.documents else None
+    chat = Conversation(model, arguments.system, arguments.thinking, documents, **options)
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         import readline  # noqa: F401  Line editing in input().
@@ -854,6 +1075,35 @@ def _run_chat(arguments: argparse.Namespace) -> None:
                 break
         else:
             _reply(chat, line)
+
+
+def _documents(arguments: argparse.Namespace, model: Model) -> Callable[[str | None], Pack]:
+    """What reads the documents under given instructions, and says what it read."""
+    from gemloupe.documents import pack
+
+    last: list[tuple[str | None, Pack]] = []
+
+    def read(system: str | None) -> Pack:
+        if last and last[0][0] == system:
+            return last[0][1]
+        packed = pack(
+            arguments.documents,
+            arguments.max_document_tokens,
+            model=model,
+            pages=arguments.pages,
+            page_tokens=arguments.page_tokens,
+            system=system,
+            thinking=arguments.thinking,
+            keep=not arguments.no_cache,
+        )
+        print(packed, file=sys.stderr)
+        packed.cache()
+        took = f"in {packed.fill_seconds:.2f} s, from {packed.filled_from}"
+        print(f"{len(packed)} tokens read {took}", file=sys.stderr)
+        last[:] = [(system, packed)]
+        return packed
+
+    return read
 
 
 def _obey(chat: Conversation, line: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from gemloupe.cache import KvCache
+    from gemloupe.documents import Pack
     from gemloupe.model import Model
     from gemloupe.stream import Stream
 
@@ -14,19 +17,29 @@ if TYPE_CHECKING:
 class Conversation:
     """A chat whose KV cache is kept: only what differs from what it holds is read again."""
 
-    def __init__(self, model: Model, system: str | None, thinking: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        model: Model,
+        system: str | None,
+        thinking: bool,
+        documents: Callable[[str | None], Pack] | None = None,
+        **options: Any,
+    ) -> None:
+        """`documents` packs what stands before the first message, under given instructions."""
         self.model = model
         self.system = system
         self.thinking = thinking
         self.options = options
+        self._documents = documents
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every message but the system's."""
+        """Forgets every message but the system's; documents stay."""
         self.messages: list[dict[str, Any]] = []
-        if self.system:
+        self.pack = self._documents(self.system) if self._documents else None
+        if self.system and not self.pack:
             self.messages.append({"role": "system", "content": self.system})
-        self.cache = self.model.new_cache()
+        self.cache = self._new_cache()
         # The cache before the last reply: thoughts leave the history, and after a long one the
         # ring of a sliding layer no longer holds what stood before it.
         self._before_reply = self.cache.fork()
@@ -35,7 +48,7 @@ class Conversation:
         """Returns the stream of the reply to `text`; call `keep` when it has ended."""
         self.messages.append({"role": "user", "content": text})
         try:
-            ids = self.model.prepare(self.messages, thinking=self.thinking).ids
+            ids = self._prompt_ids()
             *fresh, last = ids[self._rewind(ids) :].tolist()
             if fresh:
                 self.model.run(fresh, cache=self.cache, logits=None)
@@ -45,6 +58,15 @@ class Conversation:
             self.messages.pop()
             raise
         return stream  # type: ignore[return-value]
+
+    def _new_cache(self) -> KvCache:
+        return self.pack.cache().fork() if self.pack else self.model.new_cache()
+
+    def _prompt_ids(self) -> np.ndarray:
+        if self.pack:
+            return self.pack.ask(self.messages).ids
+        ids: np.ndarray = self.model.prepare(self.messages, thinking=self.thinking).ids
+        return ids
 
     def _rewind(self, ids: np.ndarray) -> int:
         """Makes `cache` hold the longest beginning of `ids` that it can; returns its length."""
@@ -57,8 +79,8 @@ class Conversation:
                 continue
             self.cache = cache
             return common
-        self.cache = self.model.new_cache()
-        return 0
+        self.cache = self._new_cache()
+        return len(self.pack) if self.pack else 0
 
     def keep(self, stream: Stream) -> None:
         """Ends the reply and adds it to the messages; an empty one is as if never asked for."""

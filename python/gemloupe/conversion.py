@@ -57,7 +57,8 @@ def convert(
     `adapter`: a PEFT folder or hub id, a list or {folder: weight} for several: folded into the
     weights before they are rounded. It needs room on the disk for the float32 values of what
     changes. ValueError for what no weights can hold: lora_bias, and an embedding that changes
-    otherwise than the head that it is tied to.
+    otherwise than the head that it is tied to. Changed tensors of towers are rounded to the type
+    that they are stored in.
 
     `force` replaces a destination that is a packed folder too. Raises FileExistsError for any
     other destination that exists, OSError where the disk is too small or fails, and as `load`.
@@ -199,14 +200,14 @@ def _write_weights(
     prefix = checkpoint.prefix
     tensors = [(prefix + name, name == recipe.TABLE) for name in wanted]
     towers: dict[int, list[_core.TensorEntry]] = {}
-    for name in _tower_names(checkpoint):
-        number, info = checkpoint.tensors[name]
+    for name in _tower_names(source):
+        number, info = source.tensors[name]
         towers.setdefault(number, []).append(
             _core.TensorEntry(name, info.dtype, list(info.shape), info.begin, info.end)
         )
         tensors.append((name, False))
     for number, entries in towers.items():
-        weights.add_file(str(checkpoint.files[number]), entries)
+        weights.add_file(str(source.files[number]), entries)
     provenance = _provenance(checkpoint, dtype)
     if changed:
         provenance["adapter"] = changed.label

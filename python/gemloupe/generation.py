@@ -22,10 +22,10 @@ from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
 from gemloupe.drafter import DraftCounts, Drafter
 from gemloupe.guide import AnswerForm, RequiredCall, RowGuide, ThoughtBudget, answer_ends
-from gemloupe.media import Reader, engine_input, media_parts
+from gemloupe.media import Reader, engine_input, media_parts, tower_hooks
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
-from gemloupe.prefix_cache import PrefixCache, Reading, keys_of
+from gemloupe.prefix_cache import PrefixCache, Reading, RowPrefixes
 from gemloupe.prompt import Prompt, is_batch, prepare
 from gemloupe.sampling import RowOptions, resolve_rows, softcap_value
 from gemloupe.stream import Piece, Stream
@@ -44,6 +44,8 @@ from gemloupe.tools import (
 if TYPE_CHECKING:
     from gemloupe.adapters.registry import Adapters
     from gemloupe.config import ModelConfig
+    from gemloupe.media.audio_tower import AudioTower
+    from gemloupe.media.vision import Vision
 
 # A prompt shorter than this is read in a few seconds at most; no bar is shown.
 _BAR_TOKENS = 2048
@@ -91,6 +93,10 @@ class GenerationModel(Protocol):
     def wrap_cache(self, core_cache: Any) -> Any:
         """Returns the cache that the caller gets for a `_core.KvCache`."""
 
+    @property
+    def vision(self) -> Vision | None: ...
+    @property
+    def audio_tower(self) -> AudioTower: ...
     @property
     def adapters(self) -> Adapters: ...
 
@@ -161,7 +167,8 @@ def generate(
     `capture` and `edit` as in `model.run`: they act on the prompt and on every generated token.
     `out.captured[name]` covers both ([prompt + new − 1, …]; the last token is never read); scores,
     patterns, keys and values are lists with one array a pass (keys and values: the prompt's passes
-    are one).
+    are one). Points of the towers ("vision.…", "audio.…") act once, when the prompt's media are
+    encoded; after tool calls their captures are those of the first round, `out.rounds[0]`.
     `adapter` as in `model.run`; caches remember which adapters their entries come from.
     `drafter`: what `model.load_drafter` gave, or the path or hub id of such a checkpoint. It
     guesses tokens, a pass of the model then checks them together: the same tokens come, sooner;
@@ -210,13 +217,20 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
         model.config.eos_token_ids,
         model.config.text.vocab_size,
     )
-    hooked = capturing.Options(given["capture"], given["routing"], given["check_finite"])
+    finite = given["check_finite"]
+    capture, of_towers = tower_hooks.split_capture(given["capture"])
+    hooked = capturing.Options(capture, given["routing"], finite)
     selected = model.adapters.rows(given["adapter"], len(prompts) if batch else None)
-    row_edits = capturing.row_edits(given["edit"], len(prompts) if batch else None)
-    requests = [
-        capturing.parse(hooked, of_row, model.config.text, adapters)
-        for of_row, adapters in zip(row_edits, selected, strict=True)
+    prompts = [
+        prompt.under(model.adapters.media(adapters))
+        for prompt, adapters in zip(prompts, selected, strict=True)
     ]
+    row_edits = capturing.row_edits(given["edit"], len(prompts) if batch else None)
+    requests, towers = [], []
+    for of_row, adapters in zip(row_edits, selected, strict=True):
+        of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, finite, adapters)
+        requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
+        towers.append(of_row_towers)
     tools = parse_tools(None if given["tool_choice"] == "none" else given["tools"])
     rounds = given["max_tool_rounds"]
     row_tools = [_row_tools(prompt, tools, rounds) for prompt in prompts]
@@ -231,10 +245,10 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
         )
     ]
     prefixes = _check_prefixes(model, given["prefix_cache"], given["cache"])
-    for row in rows:
-        row.drafter = drafter
+    for row, of_row_towers in zip(rows, towers, strict=True):
+        row.drafter, row.towers = drafter, of_row_towers
         if prefixes is not None:
-            row.prefixes, row.prefix_keys = prefixes, keys_of(row.prompt)
+            row.prefixes = RowPrefixes(prefixes, row.prompt)
     return rows
 
 
@@ -356,8 +370,10 @@ class Row:
         self.guide = guide
         self.softcap = softcap
         self.drafter: Drafter | None = None
-        self.prefixes: PrefixCache | None = None
-        self.prefix_keys = np.zeros(0, np.int64)
+        self.towers: tower_hooks.TowerRequest | None = None
+        # What the towers gave for this round's media.
+        self.inside = tower_hooks.Inside()
+        self.prefixes: RowPrefixes | None = None
         self.reading: Reading | None = None
         """What a prefix cache does for the row, in its first round."""
         self.begun = False
@@ -390,9 +406,7 @@ class Row:
         """What the row's prefix cache holds of the prompt now."""
         assert self.prefixes is not None
         logprobs = bool(self.options.prompt_logprobs)
-        return self.prefixes.begin(
-            self.prompt, self.prefix_keys, self.adapters, self.hooks, logprobs, longer_than
-        )
+        return self.prefixes.look_up(self.adapters, self.hooks, logprobs, longer_than)
 
     def read_from(self, reading: Reading) -> None:
         """Makes the prompt be read from where `reading` says."""
@@ -456,6 +470,7 @@ class Row:
         self.must_run, self.finish_reason = False, ""
         self.timings = Timings(prefill_tokens=len(prompt))
         self.hooks = self.reading = None
+        self.towers, self.inside = None, tower_hooks.Inside()
         self.started = time.perf_counter()
         self.read_text()
 
@@ -490,13 +505,14 @@ class Row:
     def output(self, cache: Any) -> Output:
         ids = np.array(self.ids, np.int32)
         ids.setflags(write=False)
-        captured: Mapping[str, Any] = {}
+        captured: capturing.Captured | None = None
         trace = None
         if self.hooks:
             # The last token is chosen, not read, unless the row was closed while it was being read.
             read = np.concatenate([self.prompt.ids, ids])
             tokenizer = self.prompt.tokenizer
             captured, trace = self.hooks.take(read, lambda: tokenizer.tokens(read), joined=False)
+        assert self.prompt.config is not None
         return Output(
             prompt=self.prompt,
             ids=ids,
@@ -505,7 +521,7 @@ class Row:
             prompt_logprobs=self.prompt_logprobs if self.options.prompt_logprobs else None,
             cache=cache,
             timings=self.timings,
-            captured=captured,
+            captured=self.inside.captured(captured, self.prompt.config.text),
             routing=trace,
             seed=self.options.sampling.seed,
             stop_strings=self.options.stop_strings,
@@ -556,9 +572,15 @@ class Generation:
         if row.cache is not None:
             row.cache.note_adapter(row.adapters.label)
         self._bind_hooks(row, index)
+        if row.towers:
+            row.inside = tower_hooks.encode(self._model, row.prompt, row.towers, index)
+            if row.cache is not None:
+                cache_edits.note_towers(row.cache, row.towers)
         if row.guide:
             row.guide.begin(np.concatenate([row.cached_ids, row.prompt.ids]))
         if row.prefixes is not None:
+            if row.inside.soft_tokens:
+                row.prefixes.hold(row.inside.soft_tokens)
             row.read_from(row.look_up())
         row.number = self._session.submit(self._request(row))
         self._rows[index] = row
@@ -620,7 +642,8 @@ class Generation:
         request.hooks = row.hooks.core if row.hooks else None
         if row.adapters:
             request.adapters = row.adapters.core
-        request.media = engine_input(row.prompt.media, self._model.config, skipped)
+        soft_tokens = row.inside.soft_tokens
+        request.media = engine_input(row.prompt.media, self._model.config, skipped, soft_tokens)
         return request
 
     @property
@@ -670,7 +693,7 @@ class Generation:
     def _store(self, row: Row, reading: Reading) -> None:
         """Stores what has been read of the row, for later rows and those that have not begun."""
         assert row.prefixes is not None
-        row.prefixes.store(reading, self._session.cache(row.number), row.ids)
+        row.prefixes.cache.store(reading, self._session.cache(row.number), row.ids)
         for other in self._rows.values() if len(row.ids) == 1 else ():
             if other.begun or other.finish_reason or other.reading is None:
                 continue
@@ -753,6 +776,8 @@ class Generation:
             made.note("adapter", row.adapters.label)
         if row.request.edits:
             cache_edits.note(made, row.request)
+        if row.towers:
+            cache_edits.note_towers(made, row.towers)
         return made
 
 

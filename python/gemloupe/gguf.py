@@ -98,6 +98,7 @@ _FIXED_KEYS: dict[str, tuple[object, ...]] = {
     "rope.scaling.type": ("none",),
     "tensor_data_layout": ("reference",),
 }
+_WHOLE_KEYS = ("general.", "tokenizer.", "split.", "clip.")
 _MAX_LAYERS = 1024
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _MAX_SHARDS = 1000
@@ -138,8 +139,8 @@ def open_gguf(source: str, path: Path) -> GgufCheckpoint:
     and expected.
     """
     paths, headers = _read_shards(path)
-    metadata = _Metadata(paths[0], headers[0])
-    tensors = _all_tensors(paths, headers)
+    metadata = Metadata(paths[0], headers[0])
+    tensors = all_tensors(paths, headers)
     config = _read_config(metadata, paths, tensors)
     expected = expected_text_tensors(config.text)
     _check_tensors(paths, config.text, expected, tensors)
@@ -167,7 +168,7 @@ def open_gguf(source: str, path: Path) -> GgufCheckpoint:
 
 def _read_shards(path: Path) -> tuple[list[Path], list[_core.GgufFile]]:
     header = _core.GgufFile(str(path))
-    count = _Metadata(path, header).integer("split.count", 1, high=_MAX_SHARDS)
+    count = Metadata(path, header).integer("split.count", 1, high=_MAX_SHARDS)
     if count <= 1:
         return [path], [header]
     match = _SHARD.fullmatch(path.name)
@@ -188,19 +189,19 @@ def _read_shards(path: Path) -> tuple[list[Path], list[_core.GgufFile]]:
         )
     headers = [header if p == path else _core.GgufFile(str(p)) for p in paths]
     for number, (shard, shard_header) in enumerate(zip(paths, headers, strict=True)):
-        values = _Metadata(shard, shard_header)
+        values = Metadata(shard, shard_header)
         if values.integer("split.count", high=_MAX_SHARDS) != count:
             values.refuse("split.count", str(count))
         if values.integer("split.no", low=0, high=_MAX_SHARDS) != number:
             values.refuse("split.no", f"{number}, as the file's name says")
     total = sum(len(h.tensors) for h in headers)
-    first = _Metadata(paths[0], headers[0])
+    first = Metadata(paths[0], headers[0])
     if first.integer("split.tensors.count", total, low=0, high=1 << 31) != total:
         first.refuse("split.tensors.count", f"{total}, as many as the shards have")
     return paths, headers
 
 
-def _all_tensors(paths: list[Path], headers: list[_core.GgufFile]) -> dict[str, StoredTensor]:
+def all_tensors(paths: list[Path], headers: list[_core.GgufFile]) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for number, header in enumerate(headers):
         for entry in header.tensors:
@@ -215,7 +216,7 @@ def _all_tensors(paths: list[Path], headers: list[_core.GgufFile]) -> dict[str, 
     return tensors
 
 
-class _Metadata:
+class Metadata:
     """A file's keys, read one by one with checks. Architecture keys are given without "gemma4."."""
 
     def __init__(self, path: Path, header: _core.GgufFile) -> None:
@@ -225,7 +226,7 @@ class _Metadata:
         self.read: set[str] = set()
 
     def full(self, key: str) -> str:
-        return key if key.startswith(("general.", "tokenizer.", "split.")) else f"gemma4.{key}"
+        return key if key.startswith(_WHOLE_KEYS) else f"{ARCHITECTURE}.{key}"
 
     def __contains__(self, key: str) -> bool:
         return self.full(key) in self.keys
@@ -298,7 +299,7 @@ _WIDTH, _VOCAB, _HEADS, _POSITIONS = 1 << 20, 1 << 26, 4096, 1 << 24
 
 
 def _read_config(
-    metadata: _Metadata, paths: list[Path], tensors: Mapping[str, StoredTensor]
+    metadata: Metadata, paths: list[Path], tensors: Mapping[str, StoredTensor]
 ) -> ModelConfig:
     """Writes the config.json that the metadata stand for, and reads it."""
     _check_architecture(metadata)
@@ -373,7 +374,7 @@ def _read_config(
     return parse_config(raw, str(metadata.path))
 
 
-def _check_architecture(metadata: _Metadata) -> None:
+def _check_architecture(metadata: Metadata) -> None:
     name = metadata.text("general.architecture")
     if name == ARCHITECTURE:
         return
@@ -382,13 +383,16 @@ def _check_architecture(metadata: _Metadata) -> None:
         "checkpoints."
     )
     if name == "clip":
-        advice = "This file holds image and audio encoders (mmproj); load the text model's file."
+        advice = (
+            "This file holds image and audio encoders: load the text model's file, and give this "
+            "one as mmproj=."
+        )
     elif "assistant" in name or "diffusion" in name:
         advice = "Drafters and diffusion models aren't run by this version."
     metadata.refuse("general.architecture", quoted(ARCHITECTURE), advice)
 
 
-def _layer_types(metadata: _Metadata, layers: int) -> list[str]:
+def _layer_types(metadata: Metadata, layers: int) -> list[str]:
     key = "attention.sliding_window_pattern"
     expected = f"{layers} booleans (block_count), true for a sliding layer, false for the last"
     pattern = metadata.array(key, layers, expected)
@@ -397,14 +401,14 @@ def _layer_types(metadata: _Metadata, layers: int) -> list[str]:
     return ["sliding_attention" if value else "full_attention" for value in pattern]
 
 
-def _same(metadata: _Metadata, key: str, layers: int, *, high: int) -> int:
+def _same(metadata: Metadata, key: str, layers: int, *, high: int) -> int:
     values = metadata.per_layer(key, layers, high=high)
     if len(set(values)) > 1:
         metadata.refuse(key, "one number for all layers")
     return values[0]
 
 
-def _head_dim(metadata: _Metadata, suffix: str) -> int:
+def _head_dim(metadata: Metadata, suffix: str) -> int:
     """The head size of full ("") or sliding ("_swa") layers, which four keys give alike."""
     name = f"attention.key_length{suffix}"
     size = metadata.integer(name, low=2, high=8192)
@@ -414,7 +418,7 @@ def _head_dim(metadata: _Metadata, suffix: str) -> int:
     return size
 
 
-def _feed_forward(metadata: _Metadata, layers: int, num_shared: int) -> tuple[int, bool]:
+def _feed_forward(metadata: Metadata, layers: int, num_shared: int) -> tuple[int, bool]:
     """Returns (width, whether the layers that share keys and values are twice as wide)."""
     widths = metadata.per_layer("feed_forward_length", layers, high=_WIDTH)
     own = max(layers - num_shared, 1)
@@ -428,7 +432,7 @@ def _feed_forward(metadata: _Metadata, layers: int, num_shared: int) -> tuple[in
     )
 
 
-def _rows(metadata: _Metadata, tensors: Mapping[str, StoredTensor], name: str) -> int:
+def _rows(metadata: Metadata, tensors: Mapping[str, StoredTensor], name: str) -> int:
     stored = tensors.get(gguf_name(name))
     if stored is None or len(stored.info.shape) != 2:
         raise ValueError(
@@ -440,7 +444,7 @@ def _rows(metadata: _Metadata, tensors: Mapping[str, StoredTensor], name: str) -
 
 
 def _values_are_keys(
-    metadata: _Metadata, tensors: Mapping[str, StoredTensor], full: list[int], own: int
+    metadata: Metadata, tensors: Mapping[str, StoredTensor], full: list[int], own: int
 ) -> bool:
     """Whether the full layers that store keys have no value projection: llama.cpp looks, too."""
     storing = [i for i in full if i < own]
@@ -454,7 +458,7 @@ def _values_are_keys(
     return bool(without)
 
 
-def _experts(metadata: _Metadata, layers: int) -> dict[str, Any]:
+def _experts(metadata: Metadata, layers: int) -> dict[str, Any]:
     count = metadata.integer("expert_count", 0, low=0, high=1 << 16)
     if count == 0:
         for key in ("expert_used_count", "expert_feed_forward_length"):
@@ -470,7 +474,7 @@ def _experts(metadata: _Metadata, layers: int) -> dict[str, Any]:
 
 
 def _rotary_pairs(
-    metadata: _Metadata, paths: list[Path], tensors: Mapping[str, StoredTensor], head_dim: int
+    metadata: Metadata, paths: list[Path], tensors: Mapping[str, StoredTensor], head_dim: int
 ) -> int:
     """Reads from rope_freqs how many pairs of a full layer turn: divisors 1, then huge ones."""
     expected = f"float32 [{head_dim // 2}]: 1 for pairs that turn, then 1e30"
@@ -498,7 +502,7 @@ def _fraction(pairs: int, head_dim: int) -> float:
     return fraction
 
 
-def _check_all_read(metadata: _Metadata) -> None:
+def _check_all_read(metadata: Metadata) -> None:
     """Refuses what the architecture's keys say beyond what has been read."""
     for key, allowed in _FIXED_KEYS.items():
         if key in metadata:
@@ -538,7 +542,7 @@ _END_PIECES = ("<turn|>", "<|tool_response>")
 _TOKENS = "tokenizer.ggml.tokens"
 
 
-def _token_ids(metadata: _Metadata, vocab: int) -> dict[str, Any]:
+def _token_ids(metadata: Metadata, vocab: int) -> dict[str, Any]:
     ids: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("pad", "padding")):
         if f"tokenizer.ggml.{key}_token_id" in metadata:
@@ -560,7 +564,7 @@ def _token_ids(metadata: _Metadata, vocab: int) -> dict[str, Any]:
     return {**ids, "eos_token_id": list(dict.fromkeys(ends))}
 
 
-def _generation_config(metadata: _Metadata, config: ModelConfig) -> dict[str, Any]:
+def _generation_config(metadata: Metadata, config: ModelConfig) -> dict[str, Any]:
     """What generation_config.json would say, as far as the file does."""
     result: dict[str, Any] = {}
     for name, key, high in (

@@ -272,7 +272,7 @@ def _no_match(
                 f"{quoted(f'layers.{layer}.attn.keys')} for what it reads"
             )
     if pattern.startswith("vision."):
-        return f"{quoted(pattern)} is of the vision tower, which only model.run looks into"
+        return f"{quoted(pattern)} is of the vision tower, into which run and generate look"
     matches = close_matches(pattern, points)
     hint = f"did you mean {one_of(matches)}?" if matches else "gl.hook_points(model) lists them all"
     return f"{quoted(pattern)} matches no hook point of this model; {hint}"

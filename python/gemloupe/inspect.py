@@ -88,6 +88,8 @@ class Report:
             rows.append(("two-way attention", f"{whose} ({text.bidirectional!r})"))
         if self.stored:
             rows.append(("files", self.stored))
+        if self.checkpoint is not None and self.checkpoint.mmproj is not None:
+            rows.append(("towers of", self.checkpoint.mmproj.name))
         made = self.checkpoint.provenance if self.checkpoint else None
         if made is not None and made.adapter:
             rows.append(("adapter folded in", made.adapter))
@@ -124,10 +126,7 @@ class Report:
         if counts.experts:
             rows.append(("experts", counts.experts))
         rows.append(("text decoder", counts.text))
-        rows += [
-            (f"{_DESCRIPTIONS.get(tower, tower)} (not run by this version)", count)
-            for tower, count in counts.towers.items()
-        ]
+        rows += [(_DESCRIPTIONS.get(tower, tower), count) for tower, count in counts.towers.items()]
         rows += [("total", counts.total), ("active per token", counts.active)]
         width = max(len(name) for name, _ in rows)
         lines = [f"  {name:<{width}}  {count:>16,}" for name, count in rows]
@@ -180,12 +179,13 @@ class Report:
         return "Memory of the text decoder\n" + "\n".join(lines)
 
 
-def describe(source: Source) -> Report:
+def describe(source: Source, mmproj: str | os.PathLike[str] | None = "auto") -> Report:
     """Describes a checkpoint, a config, a released model ("E2B"), or anything that `load` takes.
 
-    Weights are not read, and not downloaded. Errors as in `open_checkpoint`.
+    `mmproj`: the towers of a GGUF model, as in `gl.load`. Weights are not read, and not downloaded.
+    Errors as in `open_checkpoint`.
     """
-    name, subject = sizes.find(source)
+    name, subject = sizes.find(source, mmproj)
     config = subject if isinstance(subject, ModelConfig) else subject.config
     text = config.text
     parameters = sizes.count_parameters(subject)

@@ -15,10 +15,12 @@ import numpy as np
 from gemloupe import _core, cache_file, generation, recipe, routing, sizes, towers
 from gemloupe import drafter as _drafter
 from gemloupe import inspect as _inspect
+from gemloupe import override as _override
 from gemloupe import run as _run
 from gemloupe.adapters import Adapter
 from gemloupe.adapters.loading import weights_of
 from gemloupe.adapters.registry import Adapters
+from gemloupe.adapters.selection import Selection
 from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
@@ -64,6 +66,7 @@ def load(
     adapter: Any = None,
     invariant: bool | None = None,
     embed_scale: str = "auto",
+    mmproj: str | os.PathLike[str] | None = "auto",
 ) -> Model:
     """Loads a checkpoint: a folder, a GGUF file, a hub id, or "demo:edge", "demo:moe", …
 
@@ -87,6 +90,9 @@ def load(
     `invariant=True` (or GEMLOUPE_INVARIANT=1): a row's bits do not depend on batch, chunk or
     threads. `embed_scale`: √hidden_size as "float32" or rounded to "bfloat16", as a reference in
     that dtype holds it; "auto" follows dtype.
+    `mmproj`: llama.cpp's file of the vision and audio parts of a GGUF model; "auto" takes the only
+    `mmproj-*.gguf` beside the model (with a warning and no towers where it does not fit), None
+    none. Its weights run as they are stored, quantised matrices as float32.
 
     While a model is in use its files may be replaced (by renaming), not rewritten in place: the
     engine reads them all the time, and a file cut short ends the process.
@@ -101,7 +107,7 @@ def load(
     _check_choice("embed_scale", embed_scale, ("auto", "float32", "bfloat16"))
     threads = check_threads(threads)
     _check_max_memory(max_memory)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, mmproj=mmproj)
     made = checkpoint.provenance
     preset = recipe.name_of(dtype if made is None else made.recipe)
     targets = sizes.weight_targets(checkpoint, dtype)
@@ -295,7 +301,7 @@ class Model:
         kv_dtype: str,
         options: _core.TextModelOptions,
     ) -> None:
-        self.core = core
+        self._core = core
         self.adapters = Adapters(self)
         """The adapters that are loaded, by name; see `load_adapter`."""
         self.embed_scale = "bfloat16" if options.round_embed_scale else "float32"
@@ -307,6 +313,12 @@ class Model:
         self._tokenizer = checkpoint.new_tokenizer()
         self._drafters: dict[str, Drafter] = {}
         self._prefix_caches: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
+
+    @property
+    def core(self) -> _core.TextModel:
+        """The engine's model: what `override` put in its place, inside its block."""
+        entry = _override.active(self)
+        return self._core if entry is None else entry.core
 
     @property
     def config(self) -> ModelConfig:
@@ -325,8 +337,39 @@ class Model:
 
     @property
     def weights(self) -> Weights:
-        """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`."""
+        """The tensors by name as float32, dequantised on demand; see `gemloupe.weights.Weights`.
+
+        Inside a block of `override`, with what it put in their place.
+        """
         return Weights(self.core, self.checkpoint)
+
+    @property
+    def loaded_weights(self) -> Weights:
+        """The tensors as they were loaded, whatever is overridden."""
+        return Weights(self._core, self.checkpoint)
+
+    def override(
+        self, weights: Mapping[str, Any], *, dtype: str = "float32"
+    ) -> AbstractContextManager[None]:
+        """Runs the model with other weights inside a with block.
+
+        with model.override({"layers.3.mlp.down_proj.weight": changed}):
+            run = model.run(x)
+
+        `weights`: checkpoint names, with or without the files' prefix, to arrays of the whole
+        tensor's shape: any tensor of the text decoder, norms, scales, embeddings, experts. Blocks
+        nest: an inner one adds to the outer one's. Every call that begins inside the block has
+        them, in this thread (or task) only; `model.weights` shows them; after the block, also when
+        it raises, the model's own bits are back. A DoRA adapter keeps the gains it has for the
+        model's own weights.
+        Matrices are held in `dtype`, "float32", "bfloat16" or "float16", whatever the model's, so
+        that float32 values are used as they are; activations that they multiply are not rounded.
+        A cache that was filled under other weights warns, as under other adapters.
+        ValueError listing unknown names (with close matches) and wrong shapes; TypeError for what
+        is no array; MemoryError; RuntimeError while an adapter is merged, and for models whose
+        experts are read from disk (`max_memory`).
+        """
+        return _override.overriding(self, weights, dtype)
 
     @property
     def expert_cache(self) -> Mapping[str, int] | None:
@@ -365,8 +408,10 @@ class Model:
         ValueError naming both counts where they differ. `max_soft_tokens`: 70, 140, 280 (where
         None), 560 or 1120, of every image, or a list of one number an image of `images`; a part
         may say its own.
+
+        A call encodes them under its own adapters; before, `prompt.media` are under active ones.
         """
-        return prepare(
+        prepared = prepare(
             x,
             self.tokenizer,
             self.config,
@@ -379,6 +424,10 @@ class Model:
             max_soft_tokens=max_soft_tokens,
             reader=self.media_reader,
         )
+        of_media = self.adapters.media(self.adapters.active())
+        if isinstance(prepared, list):
+            return [prompt.under(of_media) for prompt in prepared]
+        return prepared.under(of_media)
 
     def run(self, x: Any, **arguments: Any) -> Any:
         """Runs the model over `x` and returns a `Run` (a batch: a list of them).
@@ -404,6 +453,13 @@ class Model:
         keep: hold what `model.run(this_run, edit=…)` begins from: that repeats the input with
             edits, but computes only the layers and positions that they, captures and logits reach.
         logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
+        vocab: ids: these columns of logits alone, in this order ([n, len(vocab)]).
+        targets: "next", or one id for each row of `x` (-1 for none; in a batch a list of these):
+            `run.logprobs` [T] is ln p of each row's target and `run.entropy` [T] the entropy of
+            what it predicts, both in nats and after the soft-cap. With "next", logprobs[t] is of
+            the id that follows row t: that of the last row is nan, and so is that of a row before
+            a soft token. Logits are computed in blocks of 64 rows: with neither logits="all" nor a
+            capture of them, [T, V] is never held.
         softcap: "config", a number, or None for uncapped logits.
         thinking, bos, images, audio, videos, max_soft_tokens: as in `prepare`.
         chunk: tokens of one pass; 512 by default. Images that see themselves whole are not cut.
@@ -483,7 +539,8 @@ class Model:
     ) -> Table:
         """Folds an adapter into copies of the weights: every later call has it, at no cost.
 
-        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. Merged
+        The weights themselves stay as they are: `unmerge_adapter` gives their bits back. In vision
+        and audio parts the adapter stays beside the weights, in every call. Merged
         int4 and int8 tensors become int8 with a scale for each row unless `requantize`, which
         keeps their dtype. Returns a table of modules and the relative errors of what is stored,
         ‖stored − (W + ΔW)‖ / ‖W + ΔW‖. RuntimeError where it is merged already; MemoryError.
@@ -609,6 +666,14 @@ class Model:
             return np.zeros((len(np.atleast_2d(rows)), 0), np.float32)
         return self.core.unembed(np.atleast_2d(rows), norm, None if softcap else 0.0, ids)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What of `load`'s arguments decides which numbers are computed."""
+        names = ("bfloat16_matmul", "float32_activations", "round_embed_scale", "invariant")
+        chosen = {name: getattr(self._options, name) for name in names}
+        dtypes = [info.dtype for _name, info in self.weights.items()]
+        return {**chosen, "kv_dtype": self.kv_dtype, "weight_dtypes": dtypes}
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """What the model is, as JSON: files that belong to it say it."""
@@ -622,9 +687,11 @@ class Model:
 
     def __repr__(self) -> str:
         text = self.config.text
+        mmproj = self.checkpoint.mmproj
+        with_towers = f" with {mmproj.name}" if mmproj else ""
         return (
-            f"Model({quoted(self.checkpoint.source)}, {text.num_hidden_layers} layers of "
-            f"{text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
+            f"Model({quoted(self.checkpoint.source)}{with_towers}, {text.num_hidden_layers} layers "
+            f"of {text.hidden_size}, {self.dtype}, {self.threads} threads, {_core.isa()})"
         )
 
     def _repr_html_(self) -> str:
@@ -696,32 +763,35 @@ class Model:
         weights = towers.weights(self.checkpoint, towers.VISION)
         return _core.VisionModel(config, weights, options)
 
-    def encode_image(self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET) -> SoftTokens:
+    def encode_image(
+        self, image: Any, max_soft_tokens: int = DEFAULT_BUDGET, *, adapter: Any = None
+    ) -> SoftTokens:
         """Soft tokens float32 [n, D] of an image, as the text model reads them.
 
         `image`: a path, bytes of a file, a data URL, a PIL image, or an array uint8 [H, W, 3].
         `max_soft_tokens`: 70, 140, 280, 560 or 1120; n is what its shape fills of them. Prompts
-        take the result in place of the image. ValueError for what is no image, and where the model
+        take the result in place of the image, under any adapter. `adapter`: as in `run`, those that
+        the vision part is run under. ValueError for what is no image, and where the model
         reads none; ImportError without Pillow (`pip install gemloupe[media]`).
         """
-        return self._eyes().encode_image(image, max_soft_tokens)
+        return self._eyes().encode_image(image, max_soft_tokens, self._of_media(adapter))
 
-    def encode_video(self, video: Any) -> SoftTokens:
+    def _of_media(self, adapter: Any) -> Selection:
+        return self.adapters.media(self.adapters.selected(adapter))
+
+    def encode_video(self, video: Any, *, adapter: Any = None) -> SoftTokens:
         """Soft tokens float32 [n, D] of a video's frames, one frame after the other.
 
         `video`: a path or bytes of a file (with PyAV: `pip install gemloupe[video]`), a list of
         frames, an array uint8 [F, H, W, 3], or what `gl.video(…)` made of one, which says how many
-        frames are read and of how many soft tokens (32 of up to 70). Errors as in `encode_image`.
+        frames are read and of how many soft tokens (32 of up to 70). `adapter` and errors as in
+        `encode_image`.
         """
-        content = self._eyes().read_video(video, "video")
-        return SoftTokens.of(content.soft_tokens, content)
+        return self._eyes().encode_video(video, self._of_media(adapter))
 
     def _eyes(self) -> Vision:
         if self.vision is None:
-            raise ValueError(
-                f"{quoted(self.checkpoint.source)} has no vision part; expected a multimodal "
-                "checkpoint: load the folder or hub id of the whole model"
-            )
+            raise towers.lacks(self.checkpoint, "vision", "a multimodal checkpoint")
         return self.vision
 
     @functools.cached_property
@@ -740,6 +810,7 @@ class Model:
         source: Any,
         sampling_rate: int | None = None,
         *,
+        adapter: Any = None,
         capture: Any = (),
         edit: Any = None,
         check_finite: bool = False,
@@ -748,7 +819,8 @@ class Model:
 
         `source`: a path, bytes, data URL, or samples [N] or [N, channels] at `sampling_rate` (16
         kHz without it). Encoders read 30 s; more is cut, as transformers does it, with a warning.
-        Pass the result as `audio=` of `run` and `generate`, as often as you like.
+        Pass the result as `audio=` of `run` and `generate`, as often as you like, under any
+        adapter. `adapter`: as in `run`, those that the encoder is run under.
         `capture` and `edit` (as in `run`) take points of the tower, such as
         "audio.layers.3.attn.pattern"; positions are those of soft tokens, at "audio.mel" of frames.
         Captures are `tokens.content.source.captured`, which also tells times and frames of tokens.
@@ -758,14 +830,16 @@ class Model:
             self.audio_tower,
             source,
             sampling_rate,
+            adapters=self._of_media(adapter),
             capture=capture,
             edit=edit,
             check_finite=check_finite,
         )
 
-    def audio_stream(self, sampling_rate: int | None = None) -> AudioStream:
-        """Encodes sound while it comes; see `AudioStream`."""
-        return AudioStream(self.audio_tower, sampling_rate)
+    def audio_stream(self, sampling_rate: int | None = None, *, adapter: Any = None) -> AudioStream:
+        """Encodes sound while it comes, under `adapter` (as in `run`); see `AudioStream`."""
+        mix = self._of_media(adapter).of_tower("audio")
+        return AudioStream(self.audio_tower, sampling_rate, mix)
 
     # What gemloupe.generation asks of a model.
 

@@ -16,7 +16,7 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from gemloupe import _core, recipe
 from gemloupe.capturing import BoundHooks
-from gemloupe.media import blocks
+from gemloupe.media import Medium, blocks
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt
 
@@ -130,7 +130,7 @@ class PrefixCache:
         self._always_exact = model.invariant or _core.isa() == "portable"
         self._packed = all(
             len(info.shape) < 2 or info.dtype not in recipe.PLAIN
-            for name, info in model.weights.items()
+            for name, info in model.loaded_weights.items()
             if name not in ("embed_tokens.weight", recipe.TABLE)  # Of these, rows are read.
         )
         self._lock = threading.Lock()
@@ -177,7 +177,7 @@ class PrefixCache:
                 self._count_bytes()
 
     def begin(
-        self, prompt: Prompt, keys: np.ndarray, adapters: Selection, hooks: BoundHooks | None,
+        self, row: RowPrefixes, adapters: Selection, hooks: BoundHooks | None,
         prompt_logprobs: bool, longer_than: int | None = None,
     ) -> Reading:  # fmt: skip
         """Looks up what a prompt begins with; the row's `Reading`, to be passed to `store`.
@@ -185,6 +185,7 @@ class PrefixCache:
         Every position from the first that `hooks` are about, and the last one, is computed. With
         `longer_than`, the row was looked up before: only what saves it another pass counts.
         """
+        prompt, keys = row.prompt, row.keys
         count = len(keys)
         place = (self.model.adapters.version, adapters.adapters)
         media = blocks(prompt.media, self.model.config.text.bidirectional)
@@ -192,7 +193,7 @@ class PrefixCache:
         edited = hooks is not None and bool(hooks.edited)
         # Functions see whole passes: an edited row has those that it would have alone.
         lengths = None if anywhere and not edited else pass_ends(count, media)
-        usable = self._current(place) and not self._whole
+        usable = self._current(place) and not self._whole and not adapters.overridden
         reading = Reading(keys, place if usable else None, lengths, media)
         # Passes for logits of the whole prompt are shorter.
         reading.stores = usable and not edited and (anywhere or not prompt_logprobs)
@@ -309,16 +310,38 @@ class PrefixCache:
             self._roots = {place: root for place, root in self._roots.items() if root is not node}
 
 
-def keys_of(prompt: Prompt) -> np.ndarray:
+class RowPrefixes:
+    """The prefix cache of one row, and what it knows the row's prompt by."""
+
+    def __init__(self, cache: PrefixCache, prompt: Prompt) -> None:
+        self.cache = cache
+        self.prompt = prompt
+        self.keys = keys_of(prompt)
+
+    def hold(self, soft_tokens: Mapping[Medium, np.ndarray]) -> None:
+        """Says what the row reads in place of the soft tokens of these media."""
+        self.keys = keys_of(self.prompt, soft_tokens)
+
+    def look_up(
+        self, adapters: Selection, hooks: BoundHooks | None, prompt_logprobs: bool,
+        longer_than: int | None = None,
+    ) -> Reading:  # fmt: skip
+        """See `PrefixCache.begin`."""
+        return self.cache.begin(self, adapters, hooks, prompt_logprobs, longer_than)
+
+
+def keys_of(prompt: Prompt, soft_tokens: Mapping[Medium, np.ndarray] | None = None) -> np.ndarray:
     """What stands at each position, int64 [T]: ids, and negative numbers for soft tokens.
 
     Equal ids stand for any picture: the numbers at a medium's positions are a hash of its soft
-    tokens, 8 bytes a position.
+    tokens (those of `soft_tokens`, where it has any), 8 bytes a position.
     """
     keys = prompt.ids.astype(np.int64)
+    given = soft_tokens or {}
     for medium in prompt.media:
+        rows = given[medium] if medium in given else medium.soft_tokens
         hashed = hashlib.shake_256(medium.kind.encode())
-        hashed.update(np.ascontiguousarray(medium.soft_tokens, np.float32).tobytes())
+        hashed.update(np.ascontiguousarray(rows, np.float32).tobytes())
         digest = np.frombuffer(hashed.digest(8 * len(medium.positions)), np.int64)
         keys[medium.positions] = digest | np.int64(-(2**63))
     return keys

@@ -9,16 +9,23 @@ from typing import Any
 class ProgressBar:
     """Shows the fraction of a long piece of work; silent where stderr is no terminal.
 
-    With `counted`, the noun for work of unknown length, it shows how many were done.
+    With `counted`, a noun, it shows how many were done, of `total` or of an unknown number.
     """
 
-    def __init__(self, text: str, *, shown: bool = True, counted: str | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        *,
+        shown: bool = True,
+        counted: str | None = None,
+        total: int | None = None,
+    ) -> None:
         self._bar: Any = None
         if shown and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
-            total, unit = (100, "%") if counted is None else (None, f" {counted}")
-            self._bar = tqdm(total=total, desc=text, unit=unit, leave=False)
+            of, unit = (100, "%") if counted is None else (total, f" {counted}")
+            self._bar = tqdm(total=of, desc=text, unit=unit, leave=False)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -31,7 +38,9 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(int(100 * fraction) - self._bar.n)
 
-    def count(self, done: int) -> None:
-        """How many are done, of an unknown number."""
+    def count(self, done: int, note: str = "") -> None:
+        """How many are done, with something to be said beside it."""
         if self._bar is not None:
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self._bar.n)

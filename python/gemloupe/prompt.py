@@ -19,6 +19,7 @@ from gemloupe.tokenizer import StreamDecoder, Tokenizer
 from gemloupe.tools import Tool, parse_tools
 
 if TYPE_CHECKING:
+    from gemloupe.adapters.selection import Selection
     from gemloupe.config import ModelConfig
 
 Kind = Literal["image", "audio", "video", "system", "user", "model", "thought", "tool"]
@@ -50,6 +51,16 @@ class Prompt:
 
     def __repr__(self) -> str:
         return f"Prompt({len(self.ids)} tokens from {self.form})"
+
+    def under(self, adapters: Selection) -> Prompt:
+        """The same prompt, whose images, sounds and videos are encoded under these adapters."""
+        if not self.media:
+            return self
+        media = tuple(
+            dataclasses.replace(medium, content=medium.content.under(adapters))
+            for medium in self.media
+        )
+        return dataclasses.replace(self, media=media)
 
     @functools.cached_property
     def tokens(self) -> list[str]:

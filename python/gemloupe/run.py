@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe import _core, cache_edits, capturing, rerun
+from gemloupe import _core, cache_edits, capturing, override, rerun, token_scores
 from gemloupe import routing as _routing
 from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.cache import KvCache, row_caches
-from gemloupe.config import TextConfig
 from gemloupe.errors import one_of
-from gemloupe.media import Medium, audio_hooks, engine_input, vision_hooks
+from gemloupe.media import Media, engine_input, tower_hooks
 from gemloupe.positions import Span
 from gemloupe.prompt import Prompt, is_batch
 from gemloupe.router_trace import RouterTrace
@@ -33,7 +32,8 @@ class Run:
 
     prompt: Prompt
     logits: np.ndarray | None
-    """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None."""
+    """float32 [n, V], read-only, after the soft-cap: the rows that were asked for; or None. With
+    `vocab=` [n, len(vocab)]: these columns, in the order given."""
     captured: capturing.Captured
     """name -> float32 [T, …], read-only."""
     cache: KvCache
@@ -51,11 +51,16 @@ class Run:
     """The model that ran."""
     adapters: Selection = NO_ADAPTERS
     """The adapters that it ran under, with their weights; `adapters.label` names them."""
+    logprobs: np.ndarray | None = None
+    """float32 [T], with `targets=`: ln p of each row's target, after the soft-cap; nan where a row
+    has none."""
+    entropy: np.ndarray | None = None
+    """float32 [T], in nats, with `targets=`: −Σ p ln p of what each row predicts."""
 
     @property
-    def media(self) -> tuple[Medium, ...]:
-        """The prompt's images, sounds and videos."""
-        return self.prompt.media
+    def media(self) -> Media:
+        """The prompt's images, sounds and videos; `media.at(position)` says what stands there."""
+        return Media(self.prompt.media)
 
     def __getstate__(self) -> dict[str, Any]:
         # Results travel between processes; the model, its cache and what is kept beside it do not.
@@ -74,9 +79,11 @@ class Run:
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("tokens", str(len(self.prompt)))]
         if self.adapters:
-            rows.append(("adapter", self.adapters.label))
+            rows.append(("adapter" if self.adapters.adapters else "weights", self.adapters.label))
         if self.logits is not None:
             rows.append(("logits", str(list(self.logits.shape))))
+        if self.logprobs is not None:
+            rows.append(("logprobs, entropy", str(list(self.logprobs.shape))))
         rows += [(name, _shape_text(value)) for name, value in list(self.captured.items())[:12]]
         if len(self.captured) > 12:
             rows.append(("…", f"{len(self.captured)} captured in all"))
@@ -103,6 +110,8 @@ def run(
     capture: str | Iterable[str] | Mapping[str, Any] = (),
     edit: Any = None,
     logits: LogitsRows = "last",
+    vocab: Sequence[int] | None = None,
+    targets: Any = None,
     softcap: float | str | None = "config",
     routing: str | bool | None = None,
     thinking: bool = False,
@@ -120,8 +129,7 @@ def run(
     rows = len(x) if batch else None
     if routing is None:  # A trace of all layers would make a repeated run begin at the first.
         routing = False if isinstance(x, Run) else "full"
-    capture, tower_capture = vision_hooks.split_capture(capture)
-    capture, sound_capture = vision_hooks.split_capture(capture, audio_hooks.PREFIX)
+    capture, of_towers = tower_hooks.split_capture(capture)
     hooked = capturing.Options(capture, routing, check_finite)
     collectors = _routing.collectors(model)
     if isinstance(x, Run):
@@ -129,21 +137,26 @@ def run(
             raise ValueError("a run is repeated with its own cache; leave out cache= and keep=")
         if adapter is not None:
             raise ValueError("a run is repeated under its own adapters; leave out adapter=")
+        if x.adapters.overridden != override.label(model):
+            own = "the model's own"
+            raise ValueError(
+                f"this run's weights were {x.adapters.overridden or own}, and now they are "
+                f"{override.label(model) or own}; run its prompt anew"
+            )
         if any(value is not None for value in (images, audio, videos)):
             raise ValueError(
                 "a run is repeated with its own media; leave out images=, audio=, videos="
             )
-        if tower_capture or vision_hooks.split_edit(edit)[1]:
-            raise ValueError("a repeated run encodes no image; run the prompt and image anew")
-        if sound_capture or vision_hooks.split_edit(edit, audio_hooks.PREFIX)[1]:
-            raise ValueError("a repeated run encodes no sound; run the prompt and sound anew")
+        if of_towers.vision or of_towers.audio or tower_hooks.has_edits(edit):
+            raise ValueError(
+                "a repeated run encodes no image and no sound; run the prompt and its media anew"
+            )
         request = capturing.parse(hooked, edit, model.config.text, x.adapters)
         _check_logits(logits, request)
-        repeated = _rerun(
-            model,
-            x,
-            _RowOptions(0, None, logits, request, softcap_value(softcap), chunk, x.adapters),
-        )
+        reading = token_scores.parse(vocab, [targets], [x.prompt], model.config, logits)[0]
+        cap = softcap_value(softcap)
+        options = _RowOptions(0, None, logits, request, cap, chunk, x.adapters, reading=reading)
+        repeated = _rerun(model, x, options)
         _routing.count([repeated.routing], collectors)
         return repeated
     caches = row_caches(cache, rows)
@@ -160,23 +173,25 @@ def run(
         videos=videos,
         max_soft_tokens=max_soft_tokens,
     )
-    requests, towers, sounds = [], [], []
+    requests, towers = [], []
     for of_row, adapters in zip(capturing.row_edits(edit, rows), selected, strict=True):
-        of_text, of_tower = vision_hooks.split_edit(of_row)
-        of_text, of_sound = vision_hooks.split_edit(of_text, audio_hooks.PREFIX)
-        sounds.append(audio_hooks.AudioRequest(sound_capture, of_sound, check_finite))
+        of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, check_finite, adapters)
         requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
-        towers.append(vision_hooks.parse(model, tower_capture, of_tower, check_finite))
+        towers.append(of_row_towers)
     _check_logits(logits, requests[0])
+    rows_of = prompts if batch else [prompts]
+    wanted = token_scores.per_row(targets, rows)
+    readings = token_scores.parse(vocab, wanted, rows_of, model.config, logits)
     cap = softcap_value(softcap)
     runs = []
     before = [(given, given.fork()) for given in caches if given is not None and batch]
     try:
         with cache_edits.forgotten_on_error(caches):
-            for i, prompt in enumerate(prompts if batch else [prompts]):
+            for i, prepared in enumerate(rows_of):
+                prompt = prepared.under(model.adapters.media(selected[i]))
                 options = _RowOptions(
                     i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i],
-                    sounds[i],
+                    readings[i],
                 )  # fmt: skip
                 runs.append(_run_row(model, prompt, options))
     except BaseException:
@@ -197,8 +212,8 @@ class _RowOptions:
     chunk: int
     adapters: Selection
     keep: bool = False
-    tower: vision_hooks.VisionRequest | None = None
-    sounds: audio_hooks.AudioRequest | None = None
+    towers: tower_hooks.TowerRequest | None = None
+    reading: token_scores.Reading = token_scores.Reading()
 
 
 def _check_logits(logits: LogitsRows, request: capturing.Request) -> None:
@@ -225,31 +240,28 @@ def _run_row(model: Model, prompt: Prompt, options: _RowOptions) -> Run:
         bound.core.expected_rows = len(prompt)
     used.note_adapter(options.adapters.label)
     cache_edits.note(used, request)
-    seen = vision_hooks.Seen()
-    if options.tower:
-        assert model.vision is not None
-        seen = vision_hooks.encode(model.vision, prompt, options.tower, text, options.row)
-    heard = audio_hooks.Heard()
-    if options.sounds:
-        heard = audio_hooks.encode(model.audio_tower, prompt, options.sounds)
-    soft_tokens = seen.soft_tokens | heard.soft_tokens
-    media = engine_input(prompt.media, model.config, soft_tokens=soft_tokens)
+    inside = tower_hooks.Inside()
+    if options.towers:
+        inside = tower_hooks.encode(model, prompt, options.towers, options.row)
+        cache_edits.note_towers(used, options.towers)
+    media = engine_input(prompt.media, model.config, soft_tokens=inside.soft_tokens)
     values = model.core.run(
         prompt.ids.tolist(), used.core, begin, end, bound.core if bound else None, options.cap,
         options.chunk, adapters=options.adapters.core, media=media,
+        vocab=options.reading.vocab or (), scores=(scores := options.reading.scores()),
     )  # fmt: skip
     captured, trace = capturing.Captured({}, {}, text), None
     if bound:
         captured, trace = bound.take(prompt.ids, lambda: prompt.tokens, joined=True)
-    captured = captured.with_more(seen.arrays | heard.arrays, seen.positions | heard.positions)
+    captured = inside.captured(captured, text)
     kept = None
     if options.keep:
         kept, captured = rerun.keep(captured, request, used, prompt)
     positions = np.arange(span.first, span.end)
-    values = _of_slice(values, options.logits, text)
+    values = options.reading.columns(values, options.logits, end - begin)
     return Run(
         prompt, values, captured, used, positions, request.skipped, trace, kept, model,
-        options.adapters,
+        options.adapters, *token_scores.values(scores),
     )  # fmt: skip
 
 
@@ -264,7 +276,8 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
     begin, end = logits_rows(options.logits, len(prompt))
     capturing.check_memory(request, text, span, 0, options.chunk)
     bound = capturing.BoundHooks(request, text, span, 0)
-    layer, position = rerun.reach(bound, model, span, span.first + begin)
+    first = 0 if options.reading.targets is not None else begin  # Every row is scored.
+    layer, position = rerun.reach(bound, model, span, span.first + first)
     skipped = position - span.first
     used = kept.cache.fork()
     used.core.rewind(position)
@@ -275,21 +288,15 @@ def _rerun(model: Model, earlier: Run, options: _RowOptions) -> Run:
         ids.tolist(), used.core, max(0, begin - skipped), max(0, end - skipped), bound.core,
         options.cap, options.chunk, layer, kept.residuals[layer][skipped:] if layer else None,
         adapters=options.adapters.core, media=engine_input(prompt.media, model.config, skipped),
+        vocab=options.reading.vocab or (), scores=(scores := options.reading.scores()),
     )  # fmt: skip
     captured, trace = bound.take(ids, lambda: prompt.tokens[skipped:], joined=True)
     positions = np.arange(span.first, span.end)
-    values = _of_slice(values, options.logits, text)
+    values = options.reading.columns(values, options.logits, end - begin)
     return Run(
         prompt, values, captured, used, positions, request.skipped, trace, None, model,
-        options.adapters,
+        options.adapters, *token_scores.values(scores),
     )  # fmt: skip
-
-
-def _of_slice(values: np.ndarray | None, logits: LogitsRows, config: TextConfig) -> Any:
-    """A slice without rows has logits, none of them; the engine gives None."""
-    if values is not None or logits is None:
-        return values
-    return np.zeros((0, config.vocab_size), np.float32)
 
 
 def logits_rows(logits: LogitsRows, count: int) -> tuple[int, int]:

@@ -329,8 +329,13 @@ def scratch_bytes(text: TextConfig, rows: int) -> int:
     return 4 * (rows * per_row + text.vocab_size)
 
 
-def find(source: Source) -> tuple[str, ModelConfig | Checkpoint]:
-    """Returns the name and the config, or the checkpoint where its weights are on this machine."""
+def find(
+    source: Source, mmproj: str | os.PathLike[str] | None = None
+) -> tuple[str, ModelConfig | Checkpoint]:
+    """Returns the name and the config, or the checkpoint where its weights are on this machine.
+
+    `mmproj`: as in `open_checkpoint`.
+    """
     if isinstance(source, Variant):
         return source.name, source.config
     if isinstance(source, ModelConfig):
@@ -353,5 +358,5 @@ def find(source: Source) -> tuple[str, ModelConfig | Checkpoint]:
         or (folder / safetensors_header.INDEX_NAME).is_file()
         or packed.is_packed(folder)
     ):
-        return name, checkpoint.open_checkpoint(name, folder=folder)
+        return name, checkpoint.open_checkpoint(name, folder=folder, mmproj=mmproj)
     return name, checkpoint.read_folder_config(folder)

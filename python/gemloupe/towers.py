@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gemloupe import _core
-from gemloupe.errors import quoted
+from gemloupe.errors import one_of, quoted
 
 if TYPE_CHECKING:
     from gemloupe.checkpoint import Checkpoint
+    from gemloupe.safetensors_header import TensorInfo
 
 # The modules whose tensors make a part.
 VISION = ("vision_tower", "vision_embedder", "embed_vision")
@@ -35,29 +39,66 @@ def has_audio(checkpoint: Checkpoint) -> bool:
 def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
     """The tensors of these modules for the engine, as they are stored, without "model.".
 
-    ValueError for a type that the engine does not read.
+    Matrices that an mmproj file holds quantised are widened to float32. ValueError for a type that
+    the engine does not read.
     """
+    loaded = _core.Weights()
     files: dict[int, list[_core.TensorEntry]] = {}
+    widened = []
     for name in (name for module in modules for name in checkpoint.towers.get(module, ())):
         stored = checkpoint.tensors[name]
+        short = name.removeprefix("model.")
+        if name in checkpoint.restore:
+            values = _read_plain(checkpoint.files[stored.file], stored.info)
+            loaded.add_values(short, checkpoint.restore[name](values))
+            continue
         dtype = ENGINE_DTYPES.get(stored.info.dtype, stored.info.dtype)  # Packed files have ours.
         if dtype not in ENGINE_DTYPES.values():
-            raise ValueError(
-                f"{checkpoint.files[stored.file].name}: {quoted(name)} has the type "
-                f"{stored.info.dtype}; expected F32, BF16 or F16"
-            )
-        entry = _core.TensorEntry(
-            name.removeprefix("model."),
-            dtype,
-            list(stored.info.shape),
-            stored.info.begin,
-            stored.info.end,
-        )
+            if checkpoint.mmproj is None:
+                raise ValueError(
+                    f"{checkpoint.files[stored.file].name}: {quoted(name)} has the type "
+                    f"{stored.info.dtype}; expected F32, BF16 or F16"
+                )
+            widened.append(short)
+        shape = list(stored.info.shape)
+        entry = _core.TensorEntry(short, dtype, shape, stored.info.begin, stored.info.end)
         files.setdefault(stored.file, []).append(entry)
-    loaded = _core.Weights()
     for file, entries in files.items():
         loaded.add_file(str(checkpoint.files[file]), entries)
+    for short in widened:
+        loaded.set_target(short, "float32")
     return loaded
+
+
+def _read_plain(path: Path, info: TensorInfo) -> np.ndarray:
+    """All values of a tensor of a plain type, float32 [elements]."""
+    kind = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[info.dtype]
+    values = np.fromfile(path, kind, info.elements, offset=info.begin)
+    if info.dtype == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def lacks(checkpoint: Checkpoint, what: str, models: str) -> ValueError:
+    """The error of a model that lacks its "vision" or "audio" part; `models` are those with one."""
+    text = f"{quoted(checkpoint.source)} has no {what} part; expected {models}: "
+    if not checkpoint.is_gguf:
+        return ValueError(f"{text}load the folder or hub id of the whole model")
+    if checkpoint.mmproj is not None:
+        return ValueError(f"{text}{checkpoint.mmproj.name} holds none")
+    found = [path.name for path in mmproj_files(checkpoint.folder)]
+    near = f", such as {one_of(found[:3])} beside it" if found else ""
+    return ValueError(f"{text}pass mmproj=, the file of the model's towers{near}")
+
+
+def mmproj_files(model: Path) -> list[Path]:
+    """The files beside a GGUF file that are called mmproj-*.gguf."""
+    return sorted(
+        path
+        for path in model.parent.iterdir()
+        if path.name.lower().startswith("mmproj") and path.suffix.lower() == ".gguf"
+        if path.is_file() and path != model
+    )
 
 
 def tower_parameters(raw: Mapping[str, Any]) -> dict[str, int]:

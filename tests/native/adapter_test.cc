@@ -61,7 +61,7 @@ std::shared_ptr<const Adapter> RandomAdapter(const TextConfig& config, DType dty
       }
       const auto a = normal.Draw(Product(a_shape), 0.1f);
       const auto b = normal.Draw(Product(b_shape), 0.1f);
-      AdapterBuilder::LowRank values = {{a.data(), a_shape}, {b.data(), b_shape}, 0.7f, {}, {}};
+      AdapterBuilder::LowRank values = {{a.data(), a_shape}, {b.data(), b_shape}, 0.7f, {}};
       if (!IsOfExperts(module) && layer % 2 == 1) {
         values.gain.assign(static_cast<size_t>(outputs), 1.25f);
       }
@@ -85,10 +85,10 @@ std::vector<float> RunAll(TextModel& model, const std::vector<int32_t>& ids,
   request.logits_end = static_cast<int64_t>(ids.size());
   request.adapters = adapters;
   request.hooks = hooks;
-  std::vector<float> logits;
-  const Status status = Run(model, request, logits);
+  RunResult result;
+  const Status status = Run(model, request, result);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  return logits;
+  return result.logits;
 }
 
 double Farthest(const std::vector<float>& a, const std::vector<float>& b) {
@@ -191,8 +191,7 @@ TEST(Adapters, ThatDoNotFitAreRefused) {
   const AdapterBuilder builder(tiny.config, DType::kFloat32);
   Adapter adapter;
   const std::vector<float> values(1000, 1.0f);
-  const AdapterBuilder::LowRank wrong = {
-      {values.data(), {2, 3}}, {values.data(), {3, 2}}, 1, {}, {}};
+  const AdapterBuilder::LowRank wrong = {{values.data(), {2, 3}}, {values.data(), {3, 2}}, 1, {}};
   EXPECT_EQ(builder.AddLowRank(AdaptedModule::kQProj, 0, wrong, adapter).code(),
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(builder.AddLowRank(AdaptedModule::kQProj, 99, wrong, adapter).code(),

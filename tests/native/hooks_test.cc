@@ -47,10 +47,10 @@ class HookedModel : public testing::TestWithParam<DType> {
     request.logits_end = 77;
     request.hooks = hooks;
     request.chunk = chunk;
-    Floats logits;
-    const Status status = gemloupe::Run(model, request, logits);
+    RunResult result;
+    const Status status = gemloupe::Run(model, request, result);
     if (!status.ok()) return status;
-    return logits;
+    return result.logits;
   }
 
   // Calls fn(point, layer) for every point of every layer; a layer that lacks a point never shows it.

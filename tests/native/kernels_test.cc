@@ -455,6 +455,27 @@ TEST_P(Kernels, ConversionsStayInsideTheirArrays) {
   }
 }
 
+TEST_P(Kernels, TransposeMovesEveryElementAndNothingElse) {
+  for (const int64_t rows : {1, 3, 4, 7, 16, 18, 35}) {
+    for (const int64_t cols : {1, 2, 4, 5, 33}) {
+      const int64_t src_stride = cols + 2;
+      const int64_t dst_stride = rows + 3;
+      const int64_t src_count = (rows - 1) * src_stride + cols;
+      const int64_t dst_count = (cols - 1) * dst_stride + rows;
+      Guarded<float> src(Normal(src_count, 21));
+      Guarded<float> dst(dst_count, 0, kUntouched);
+      kernels_->transpose(dst.data(), dst_stride, src.data(), src_stride, rows, cols);
+      std::vector<float> expected(dst_count, kUntouched);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < cols; ++c) {
+          expected[c * dst_stride + r] = src.Values()[r * src_stride + c];
+        }
+      }
+      EXPECT_EQ(dst.Values(), expected) << rows << " x " << cols;
+    }
+  }
+}
+
 TEST_P(Kernels, RmsNormDividesByTheRootMeanSquare) {
   constexpr float kEps = 1e-6f;
   for (const int64_t n : {1, 7, 16, 33, 64, 67, 130, 1536, 2051}) {

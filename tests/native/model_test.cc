@@ -30,10 +30,10 @@ Floats RunAll(TextModel& model, const std::shared_ptr<KvCache>& cache,
   request.cache = cache;
   request.logits_end = static_cast<int64_t>(ids.size());
   request.chunk = chunk;
-  Floats logits;
-  const Status status = Run(model, request, logits);
+  RunResult result;
+  const Status status = Run(model, request, result);
   EXPECT_TRUE(status.ok()) << status.ToString();
-  return logits;
+  return result.logits;
 }
 
 class Model : public testing::TestWithParam<DType> {
@@ -157,8 +157,8 @@ TEST_P(Model, StoppedPassLeavesTheCacheAsItWas) {
   request.logits_end = 23;
   request.chunk = 8;
   request.stopped = [&asked] { return ++asked > 6; };  // in the second chunk
-  Floats logits;
-  EXPECT_EQ(gemloupe::Run(*model, request, logits).code(), absl::StatusCode::kCancelled);
+  RunResult result;
+  EXPECT_EQ(gemloupe::Run(*model, request, result).code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(cache->length(), 1);
   const auto fresh = MakeCache(*model);
   RunAll(*model, fresh, {2}, 1);

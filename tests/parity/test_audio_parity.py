@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from media_reference import audio_inputs, audio_tokens, sound
 from torch import nn
-from transformers import Gemma4AudioFeatureExtractor, Gemma4UnifiedAudioFeatureExtractor
 from transformers.models.gemma4 import modeling_gemma4
 
 import gemloupe as gl
@@ -36,36 +36,6 @@ def models(variant: str, dtype: str = "float32") -> tuple[nn.Module, gl.Model]:
     return reference, gl.load(folder, dtype="auto" if dtype != "float32" else "float32")
 
 
-def sound(length: int, seed: int = 0) -> np.ndarray:
-    """Tones with an envelope, and noise."""
-    rng = np.random.default_rng(seed)
-    t = np.arange(length) / 16_000
-    tones = sum(np.sin(2 * np.pi * hertz * t) for hertz in rng.uniform(80, 4000, 4))
-    return (0.1 * tones * np.sin(3 * t) + rng.normal(0, 0.02, length)).astype(np.float32)
-
-
-def features_of(reference: nn.Module, clips: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    config = reference.config.audio_config
-    if hasattr(config, "audio_embed_dim"):
-        width = config.audio_embed_dim
-        extractor = Gemma4UnifiedAudioFeatureExtractor(width, audio_samples_per_token=width)
-    else:
-        extractor = Gemma4AudioFeatureExtractor()
-    return dict(extractor(clips, return_tensors="pt"))
-
-
-def expected_tokens(reference: nn.Module, clips: list[np.ndarray]) -> list[np.ndarray]:
-    features = features_of(reference, clips)
-    with torch.no_grad():
-        out = reference.model.get_audio_features(
-            features["input_features"], features["input_features_mask"], return_dict=True
-        )
-    return [
-        tokens[mask].numpy()
-        for tokens, mask in zip(out.pooler_output, out.attention_mask, strict=True)
-    ]
-
-
 def assert_close(got: Any, expected: np.ndarray, name: str = "") -> None:
     got = np.asarray(got)
     assert got.shape == expected.shape, name
@@ -81,7 +51,7 @@ def test_soft_tokens_of_any_length_are_those_of_transformers(variant: str, lengt
 
     tokens = model.encode_audio(clip)
 
-    assert_close(tokens, expected_tokens(reference, [clip])[0])
+    assert_close(tokens, audio_tokens(reference, [clip])[0])
 
 
 def test_thirty_seconds_are_750_tokens_and_more_is_cut_as_transformers_cuts_it() -> None:
@@ -92,7 +62,7 @@ def test_thirty_seconds_are_750_tokens_and_more_is_cut_as_transformers_cuts_it()
         tokens = model.encode_audio(clip)
 
     assert tokens.shape == (750, model.config.text.hidden_size)
-    assert_close(tokens, expected_tokens(reference, [clip])[0])
+    assert_close(tokens, audio_tokens(reference, [clip])[0])
 
 
 @pytest.mark.parametrize("variant", ("e2b", "12b"))
@@ -100,7 +70,7 @@ def test_clips_that_transformers_pads_in_a_batch_have_the_same_tokens(variant: s
     reference, model = models(variant)
     clips = [sound(4000, 1), sound(16_001, 2), sound(9999, 3)]
 
-    expected = expected_tokens(reference, clips)
+    expected = audio_tokens(reference, clips)
 
     for clip, tokens in zip(clips, expected, strict=True):
         assert_close(model.encode_audio(clip), tokens)
@@ -112,7 +82,7 @@ def test_bfloat16_weights_give_the_tokens_of_the_same_weights_in_float32() -> No
 
     tokens = model.encode_audio(clip)
 
-    expected = expected_tokens(reference, [clip])[0]
+    expected = audio_tokens(reference, [clip])[0]
     # Long products may round activations to bfloat16, too: eight bits, some dozen products deep.
     error = np.abs(np.asarray(tokens) - expected).max() / np.abs(expected).max()
     assert error < 0.06, error
@@ -212,7 +182,7 @@ def test_every_hook_point_of_the_tower_is_what_transformers_computes() -> None:
 
     tokens = model.encode_audio(clip, capture="audio.*")
 
-    features = features_of(reference, [clip])
+    features = audio_inputs(reference, [clip])
     with recording(reference) as values, torch.no_grad():
         reference.model.get_audio_features(
             features["input_features"], features["input_features_mask"]
@@ -246,7 +216,7 @@ def test_logits_of_prompts_with_sounds_are_those_of_transformers(variant: str) -
 
     run = model.run("the <|audio|> in <|audio|>then", audio=clips, logits="all")
 
-    features = features_of(reference, clips)
+    features = audio_inputs(reference, clips)
     inputs = {"input_ids": torch.tensor(run.prompt.ids[None].astype(np.int64)), **features}
     kinds = (inputs["input_ids"] == model.config.audio_token_id).long() * 3
     if variant == "12b":
@@ -264,7 +234,7 @@ def test_greedy_tokens_after_a_sound_are_those_of_transformers() -> None:
 
     out = model.generate("say <|audio|>:", audio=clip, temperature=0, max_new_tokens=6, stop=())
 
-    features = features_of(reference, [clip])
+    features = audio_inputs(reference, [clip])
     ids = torch.tensor(out.prompt.ids[None].astype(np.int64))
     with torch.no_grad():
         for _ in range(len(out.ids)):

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import media_reference
 import numpy as np
 import pytest
 import torch
+from media_reference import PATCH
+from media_reference import picture as _picture
+from media_reference import processed as _processed
 from PIL import Image as PilImage
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 import gemloupe as gl
 from gemloupe.media.images import BUDGETS, read_image
@@ -19,24 +22,8 @@ from tiny_models import MEDIA_IDS, VOCAB_SIZE, save_tiny_tokenizer
 
 # Encoder with clipped linears, encoder with standardised features, encoder-free.
 KINDS = ("e2b", "26b", "12b")
-PATCH = 4
 SIZES = [(40, 30), (31, 97), (200, 200), (7, 150), (301, 64)]
 IMAGE = MEDIA_IDS["image_token_id"]
-
-
-def _picture(width: int, height: int, seed: int = 0) -> PilImage.Image:
-    """Smooth shapes and some noise: what bicubic sees of real pictures."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / max(width, height)
-    waves = [np.sin(rng.uniform(3, 30) * x + rng.uniform(3, 30) * y) for _ in range(3)]
-    noise = rng.normal(size=(height, width, 3)) * 0.1
-    values = (np.stack(waves, axis=-1) + noise + 1.3) / 2.6
-    return PilImage.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8))
-
-
-def _processed(pictures: list[PilImage.Image], budget: int, patch: int) -> dict[str, Any]:
-    processor = Gemma4ImageProcessorPil(patch_size=patch, max_soft_tokens=budget)
-    return dict(processor(pictures, return_tensors="pt"))
 
 
 @pytest.mark.parametrize(
@@ -91,21 +78,6 @@ def loaded(request: pytest.FixtureRequest, tiny: Callable) -> tuple[Any, gl.Mode
     return reference, gl.load(folder, dtype="float32")
 
 
-def _features(reference: Any, pictures: list[PilImage.Image], budget: int) -> dict[str, Any]:
-    inputs = _processed(pictures, budget, PATCH)
-    if "Unified" in type(reference).__name__:
-        images = [read_image(p, "image", 3 * PATCH, budget) for p in pictures]
-        values = torch.zeros(len(images), budget, 3 * (3 * PATCH) ** 2)
-        positions = torch.full((len(images), budget, 2), -1)
-        for i, image in enumerate(images):
-            count, columns = image.soft_tokens, image.grid[1]
-            values[i, :count] = torch.from_numpy(image.patches(3 * PATCH))
-            at = torch.arange(count)
-            positions[i, :count] = torch.stack([at % columns, at // columns], dim=-1)
-        inputs = {"pixel_values": values, "image_position_ids": positions}
-    return {name: inputs[name] for name in ("pixel_values", "image_position_ids")}
-
-
 def _close(ours: np.ndarray, theirs: np.ndarray) -> None:
     scale = max(1.0, float(np.abs(theirs).max()))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * scale)
@@ -116,11 +88,10 @@ def test_soft_tokens_are_those_of_transformers(loaded: tuple[Any, gl.Model], bud
     reference, model = loaded
     sizes = SIZES if budget == 70 else SIZES[1:3]
     pictures = [_picture(*size, seed=i) for i, size in enumerate(sizes)]
-    with torch.no_grad():
-        features = reference.model.get_image_features(**_features(reference, pictures, budget))
-    for picture, expected in zip(pictures, features.pooler_output, strict=True):
+    expected = media_reference.image_tokens(reference, pictures, budget)
+    for picture, theirs in zip(pictures, expected, strict=True):
         tokens = model.encode_image(picture, max_soft_tokens=budget)
-        _close(np.asarray(tokens), expected.numpy())
+        _close(np.asarray(tokens), theirs)
 
 
 @pytest.mark.parametrize("budget", BUDGETS[3:])
@@ -151,23 +122,6 @@ def _ids(lengths: list[int]) -> list[int]:
     return [*ids, *rng.integers(60, VOCAB_SIZE, 5).tolist()]
 
 
-def _reference_logits(
-    reference: Any, ids: list[int], pictures: list[PilImage.Image], budget: int
-) -> np.ndarray:
-    tensor = torch.tensor([ids])
-    types = (tensor == IMAGE).long()
-    inputs = {"input_ids": tensor, "mm_token_type_ids": types}
-    inputs |= _features(reference, pictures, budget)
-    if "Unified" in type(reference).__name__:  # See test_media_parity.
-        embeds = torch.zeros(1, len(ids), reference.config.text_config.hidden_size)
-        ones, at = torch.ones(1, len(ids)), torch.arange(len(ids))[None]
-        inputs["attention_mask"] = reference.create_masks_for_generate(
-            reference.config, embeds, ones, None, at, types
-        )
-    with torch.no_grad():
-        return reference(**inputs, use_cache=False).logits[0].numpy()
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_logits_and_greedy_tokens_are_those_of_transformers(
     loaded: tuple[Any, gl.Model], count: int
@@ -177,10 +131,10 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
     lengths = [len(model.encode_image(picture, 70)) for picture in pictures]
     ids = _ids(lengths)
     run = model.run(ids, images=pictures, max_soft_tokens=70, logits="all")
-    _close(run.logits, _reference_logits(reference, ids, pictures, 70))
+    _close(run.logits, media_reference.logits(reference, ids, pictures))
     out = model.generate(ids, images=pictures, max_soft_tokens=70, max_new_tokens=4, temperature=0)
     for token in out.ids.tolist():
-        logits = _reference_logits(reference, ids, pictures, 70)[-1]
+        logits = media_reference.logits(reference, ids, pictures)[-1]
         assert logits[token] > logits.max() - 1e-5
         ids.append(token)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from gemloupe.adapters import measure
 from gemloupe.adapters.folder import AdapterFolder
 from gemloupe.adapters.matching import Match
-from gemloupe.adapters.modules import Module, modules_of
+from gemloupe.adapters.modules import Module
 from gemloupe.adapters.report import AdapterReport, Change
 from gemloupe.errors import quoted
 from gemloupe.progress import ProgressBar
@@ -66,18 +67,25 @@ class Adapter:
         """Bytes of A, B and whatever else the engine holds of it."""
         return int(self.held.core.nbytes)
 
+    @functools.cached_property
+    def towers(self) -> frozenset[str]:
+        """Which of "vision" and "audio" it changes."""
+        return frozenset(module.tower for module in self.match.touched if module.tower)
+
     def report(self, norms: bool = True) -> AdapterReport:
         """What the adapter changes, module by module, and what it can't.
 
         ‖ΔW‖ / ‖W‖ reads the model's weights when it is first asked for (a minute for the largest
         models); `norms=False` leaves ‖W‖ out.
         """
-        modules = {module.label: module for module in modules_of(self.model.config.text).values()}
+        modules = self.model.adapters.modules
         touched = {module.label for module in self.match.touched}
         changes = tuple(replace(c, norm=c.norm * abs(self.scale)) for c in self.held.changes)
         if norms:
-            found = self._base_norms([modules[change.module] for change in changes])
-            changes = tuple(replace(c, base_norm=found[c.module]) for c in changes)
+            found = self._base_norms([modules[c.module] for c in changes if c.kind != "bias"])
+            changes = tuple(
+                c if c.kind == "bias" else replace(c, base_norm=found[c.module]) for c in changes
+            )
         return AdapterReport(
             name=self.name,
             source=self.source,
@@ -93,7 +101,7 @@ class Adapter:
         )
 
     def _base_norms(self, modules: list[Module]) -> dict[str, float]:
-        known = self.model.adapters.base_norms
+        known, base = self.model.adapters.base_norms, self.model.adapters.base
         missing = [m for m in dict.fromkeys(modules) if m.weight not in known]
         total = sum(int(np.prod(module.shape)) for module in missing)
         with ProgressBar("measuring weights", shown=total > BAR_WEIGHTS) as bar:
@@ -106,7 +114,7 @@ class Adapter:
 
             for module in missing:
                 if module.weight not in known:  # The head's is the embedding's.
-                    known[module.weight] = measure.base_norm(self.model.weights, module, advance)
+                    known[module.weight] = measure.base_norm(base, module, advance)
         return {module.label: known[module.weight] for module in modules}
 
     def __repr__(self) -> str:

@@ -104,7 +104,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     if kind != "LORA":
         raise ValueError(
             f"{path}: peft_type is {quoted(kind)}; expected 'LORA'. Other kinds of adapters can't "
-            "be run: merge it into its model with PEFT (merge_and_unload) and load that."
+            f"be run: {_advice(kind)}"
         )
     problems = _unsupported(raw)
     check = _Fields(raw, problems)
@@ -127,6 +127,15 @@ def read_adapter_config(path: Path) -> AdapterConfig:
     if problems:
         raise ValueError(f"{path}: this adapter can't be run:\n{bullet_list(problems)}")
     return config
+
+
+def _advice(kind: Any) -> str:
+    merge = "merge it into its model with PEFT (merge_and_unload) and load that"
+    if kind == "TRAINABLE_TOKENS":
+        return f"{merge}, or train LoRA with trainable_token_indices, which is read."
+    if isinstance(kind, str) and ("PROMPT" in kind or "TUNING" in kind or kind == "CPT"):
+        return "its trained prompt is no part of the weights; train a LoRA adapter instead."
+    return f"{merge}."
 
 
 def _unsupported(raw: Mapping[str, Any]) -> list[str]:

@@ -29,13 +29,28 @@ class Delta:
     @property
     def point(self) -> str:
         """The hook point that is computed last when this is."""
+        tower = f"{self.module.split('.')[0]}." if self.module.startswith(_TOWERS) else ""
         if self.layer >= 0:
-            return f"layers.{self.layer}.resid_post"
-        return "logits_raw" if self.module == HEAD else "embed"
+            return f"{tower}layers.{self.layer}.resid_post"
+        return _OUTSIDE.get(self.module, f"{tower}soft_tokens" if tower else "embed")
 
 
-def match(pattern: str, selection: Selection) -> dict[str, Delta]:
+_TOWERS = ("vision.", "audio.")
+_OUTSIDE = {
+    HEAD: "logits_raw",
+    "vision.input_proj": "vision.patches",
+    "vision.patch_dense": "vision.patches",
+    "audio.input_proj": "audio.subsampled",
+    "audio.output_proj": "audio.encoded",
+}
+# Its rows are distances, not positions.
+_NO_ROWS = "audio.attn.relative_k_proj"
+
+
+def match(pattern: str, selection: Selection, tower: str = "") -> dict[str, Delta]:
     """The changes that a name or pattern means, under the adapters of a call.
+
+    `tower` is "vision", "audio", or "" for the text decoder: whose modules are meant.
 
     KeyError, with close matches, for one that matches nothing: an adapter that the call does not
     run under, a module that it does not change, an embedding or experts.
@@ -44,7 +59,10 @@ def match(pattern: str, selection: Selection) -> dict[str, Delta]:
         f"{PREFIX}{adapter.name}.{change.module.label}": _delta(adapter.held.core, change)
         for adapter, _weight in selection.adapters
         for change in adapter.match.changes
-        if not change.module.is_embedding and not change.module.is_experts
+        if not change.module.is_embedding
+        and not change.module.is_experts
+        and change.module.tower == tower
+        and change.module.name != _NO_ROWS
     }
     found = {name: delta for name, delta in known.items() if fnmatchcase(name, pattern)}
     if not found:

@@ -9,7 +9,7 @@ import numpy as np
 
 from gemloupe.adapters.adapter import Adapter
 from gemloupe.adapters.loading import as_product
-from gemloupe.adapters.matching import Changing, LowRank, Replacement
+from gemloupe.adapters.matching import Bias, Changing, LowRank, Replacement, Rows
 from gemloupe.adapters.measure import Product
 from gemloupe.adapters.modules import Module
 from gemloupe.adapters.selection import Selection
@@ -32,6 +32,8 @@ class EffectiveWeights:
         self._values: OrderedDict[tuple[str, int], Product | np.ndarray] = OrderedDict()
         for adapter, weight in selection.adapters:
             for change in adapter.match.changes:
+                if isinstance(change, Bias):
+                    continue
                 part = _Part(adapter, change, weight * adapter.scale)
                 self._parts.setdefault(change.module.label, []).append(part)
 
@@ -62,6 +64,7 @@ class EffectiveWeights:
         assert isinstance(values, np.ndarray)
         if isinstance(change, Replacement):
             return values[first:end] - base
+        assert isinstance(change, Rows)
         delta = np.zeros_like(base)
         for index, row in zip(change.ids, values, strict=True):
             if first <= index < end:

@@ -42,28 +42,34 @@ class AdapterFolder:
     def config_path(self) -> Path:
         return self.folder / CONFIG_NAME
 
-    def read(self, tensor: TensorInfo) -> np.ndarray:
+    def read(self, tensor: TensorInfo, *, infinite: bool = False) -> np.ndarray:
         """Returns a tensor as float32, which holds bfloat16 and float16 exactly.
 
-        ValueError where the file was cut short meanwhile, or a value is not finite.
+        ValueError where the file was cut short meanwhile, or a value is not finite (`infinite`: is
+        not a number).
         """
-        dtype = _STORED[tensor.dtype]
         with self.weights.open("rb") as file:
             file.seek(tensor.begin)
             data = file.read(tensor.end - tensor.begin)
         if len(data) != tensor.end - tensor.begin or self.identity != _identity(self.folder):
             raise ValueError(f"{self.weights}: the file changed while it was read. Load it again.")
-        array = np.frombuffer(data, dtype).reshape(tensor.shape)
-        if tensor.dtype == "BF16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        values = np.ascontiguousarray(array, np.float32)
-        if not np.isfinite(values).all():
-            count = int((~np.isfinite(values)).sum())
+        values = widened(data, tensor.dtype).reshape(tensor.shape)
+        wrong = np.isnan(values) if infinite else ~np.isfinite(values)
+        if wrong.any():
+            count = int(wrong.sum())
             raise ValueError(
                 f"{self.weights}: {quoted(tensor.name)} holds {count} values that are not finite; "
                 "expected numbers. The training diverged, or the file is damaged."
             )
         return values
+
+
+def widened(data: bytes, dtype: str) -> np.ndarray:
+    """Stored values of F32, BF16 or F16 as float32 [n]."""
+    array = np.frombuffer(data, _STORED[dtype])
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(array, np.float32)
 
 
 def open_folder(source: str | os.PathLike[str]) -> AdapterFolder:

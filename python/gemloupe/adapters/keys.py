@@ -21,6 +21,10 @@ _TEXT = re.compile(
     r"layers\.\d+\.|embed_tokens(?:_per_layer)?(?:\.|$)|per_layer_model_projection(?:\.|$)|"
     r"per_layer_projection_norm\.|norm\.|lm_head(?:\.|$)"
 )
+# Gemma 4 Unified: modules of transformers' class whose tensors have other names in checkpoints.
+_UNIFIED = re.compile(
+    r"embed_vision\.(?:(?P<inner>multimodal_embedder)\.|(?=(?:patch_|pos_)\w+(?:\.|$)))"
+)
 _PARTS = {
     "lora_A": "a", "lora_B": "b", "lora_embedding_A": "embedding_a",
     "lora_embedding_B": "embedding_b", "lora_magnitude_vector": "magnitude",
@@ -66,6 +70,15 @@ def _unwrapped(path: str) -> tuple[str, int]:
     while path.endswith(".base_layer"):
         path, nested = path.removesuffix(".base_layer"), nested + 1
     return path, nested
+
+
+def in_towers(path: str) -> str:
+    """The path of a tower's module or tensor in checkpoints, without "model."."""
+    rest = path.removeprefix("model.")
+    match = _UNIFIED.match(rest)
+    if match is None:
+        return rest
+    return ("embed_vision." if match["inner"] else "vision_embedder.") + rest[match.end() :]
 
 
 def in_text_decoder(path: str) -> str | None:

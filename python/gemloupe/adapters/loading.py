@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from gemloupe.adapters import folder as _folder
 from gemloupe.adapters import measure
 from gemloupe.adapters.adapter import BAR_WEIGHTS, Adapter, Held
 from gemloupe.adapters.folder import AdapterFolder
-from gemloupe.adapters.matching import NOT_ADAPTED, LowRank, Match, Replacement, Rows, match
+from gemloupe.adapters.matching import Bias, LowRank, Match, Replacement, Rows, match
 from gemloupe.adapters.measure import Product
 from gemloupe.adapters.modules import Module
 from gemloupe.adapters.report import Change
@@ -72,14 +71,14 @@ def default_name(opened: AdapterFolder) -> str:
 
 def matching(opened: AdapterFolder, model: Model, strict: bool) -> Match:
     """What each tensor changes in the model; one ValueError lists all that does not fit."""
-    towers = model.checkpoint.towers
+    towers = model.adapters.towers
     matched, problems = match(opened.tensors, opened.config, model.config.text, towers)
     if strict:
         problems += [f"{quoted(one.key)}: {one.reason}" for one in matched.ignored]
     if not problems:
         problems = _other_bases(opened, matched, model)
     if not problems and not matched.touched:
-        problems = ["none of its tensors changes the text decoder"]
+        problems = ["none of its tensors changes a module that this model has"]
     if problems:
         base = opened.config.base_model
         advice = (
@@ -91,37 +90,32 @@ def matching(opened: AdapterFolder, model: Model, strict: bool) -> Match:
             f"{opened.weights}: the adapter does not fit {quoted(model.checkpoint.source)}; "
             f"{len(problems)} problems:\n{bullet_list(problems)}\n{advice}"
         )
-    unapplied = [one for one in matched.ignored if one.reason.endswith(NOT_ADAPTED)]
-    if unapplied:
-        warnings.warn(
-            f"{opened.source}: {unapplied[0].reason}: images and sounds are read as by the base "
-            f"model; {len(unapplied)} tensors are not applied",
-            stacklevel=6,
-        )
     return matched
 
 
 def _other_bases(opened: AdapterFolder, matched: Match, model: Model) -> list[str]:
     """Copies of the base's weights must hold the model's values, as far as it has them exactly."""
     problems = []
+    weights = model.adapters.base
     for copy in matched.copies:
-        dtype = model.weights.info(copy.weight).dtype
+        dtype = weights.dtype(copy.weight)
         exact = dtype in ("float32", "bfloat16", "float16")
-        stored = opened.read(copy.tensor)
-        stored = stored.reshape(-1, stored.shape[-1])
+        # Bounds of towers' linears may be infinite.
+        stored = opened.read(copy.tensor, infinite=True)
+        stored = stored.reshape(-1, stored.shape[-1] if stored.ndim else 1)
         step = max(1, (32 << 20) // (4 * stored.shape[1]))
-        worst = 0.0
+        same = True
         for first in range(0, len(stored), step):
             part = stored[first : first + step]
-            rows = model.weights.rows(copy.weight, range(first, first + len(part)))
+            rows = weights.rows(copy.weight, range(first, first + len(part)))
             # Half a unit in the last place of the coarser of both types; of quantised weights a
             # step of 4 bits relative to the largest of the row.
             widths = [_ROUNDOFF[copy.tensor.dtype], _ROUNDOFF.get(dtype, 0.0)]
-            room = (
-                max(widths) * np.abs(part) if exact else np.abs(part).max(axis=1, keepdims=True) / 7
-            )
-            worst = max(worst, float((np.abs(rows - part) - room).max(initial=0.0)))
-        if worst > 0:
+            size = np.minimum(np.abs(part), np.finfo(np.float32).max)
+            room = max(widths) * size if exact else size.max(axis=1, keepdims=True) / 7
+            with np.errstate(invalid="ignore"):
+                same &= bool(((rows == part) | (np.abs(rows - part) <= room)).all())
+        if not same:
             problems.append(f"{quoted(copy.tensor.name)}: holds {copy.why}")
     return problems
 
@@ -156,8 +150,13 @@ def _held(opened: AdapterFolder, matched: Match, model: Model, dtype: str) -> He
 def _model_key(matched: Match, model: Model) -> str:
     """What an adapter's copy depends on: sizes always, weights where norms or scales need them."""
     text = repr(model.config.text)
-    if matched.replacements or matched.rows or any(c.magnitude for c in matched.low_rank):
+    text += repr([(module.label, module.shape) for module in matched.touched if module.tower])
+    reads = [c.module for c in matched.changes if not isinstance(c, LowRank) or c.magnitude]
+    if reads:
         text += model.fingerprint + repr(list(model.weights.items()))
+    if any(module.tower for module in reads):
+        stats = [path.stat() for path in model.checkpoint.files]
+        text += repr([(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for s in stats])
     if any(c.module.is_embedding for c in matched.low_rank):
         text += str(model.embed_scale)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -169,10 +168,12 @@ class _Builder:
     def __init__(self, opened: AdapterFolder, model: Model, dtype: str) -> None:
         self._opened = opened
         self._model = model
+        self._base = model.adapters.base
         self._dtype = dtype
         self._core = _core.Adapter(model.core, dtype)
         self._changes: list[Change] = []
         self._gains: dict[str, np.ndarray] = {}
+        self._shifts: dict[Module, np.ndarray] = {}
 
     def build(self, matched: Match) -> Held:
         read = [c.module for c in matched.low_rank if c.magnitude]
@@ -186,6 +187,10 @@ class _Builder:
                 self._replace(change, progress)
             for rows in matched.rows:
                 self._replace_rows(rows)
+            for bias in matched.biases:
+                self._replace_bias(bias)
+        for module, shift in self._shifts.items():
+            self._core.shift(module.layer, module.name, shift)
         order = {m.label: i for i, m in enumerate(matched.touched)}
         changes = sorted(self._changes, key=lambda change: order[change.module])
         return Held(self._core, self._dtype, tuple(changes), self._gains)
@@ -202,34 +207,41 @@ class _Builder:
             self._core.add_experts(module.layer, module.name, a, b, scale)
             self._note(module, "LoRA", product.norm(), pair)
             return
-        bias = read(pair.bias) if pair.bias else None
+        if pair.bias:
+            self._shift(module, np.float32(scale) * read(pair.bias))
         gain, kind, norm = None, "LoRA", product.norm()
         if pair.magnitude:
-            found = measure.dora(
-                self._model.weights, module, product, read(pair.magnitude), progress
-            )
+            found = measure.dora(self._base, module, product, read(pair.magnitude), progress)
             gain, kind, norm = found.gain, "DoRA", found.norm
             self._gains[module.label] = gain
         if module.is_embedding:  # The engine adds to what was scaled; PEFT scales both alike.
             scale *= self._model.embedding_scale(module.name)
-        self._core.add(module.layer, module.name, a, b, scale, bias, gain)
+        self._core.add(module.layer, module.name, a, b, scale, gain)
         self._note(module, kind, norm, pair)
 
     def _replace(self, change: Replacement, progress: measure.Progress) -> None:
         matrix = self._opened.read(change.tensor)
         square = 0.0
-        for first, end, rows in measure.row_blocks(self._model.weights, change.module, progress):
+        for first, end, rows in measure.row_blocks(self._base, change.module, progress):
             square += float(np.square(matrix[first:end] - rows, dtype=np.float64).sum())
         self._core.replace(change.module.layer, change.module.name, matrix)
         self._note(change.module, "matrix", math.sqrt(square))
 
     def _replace_rows(self, change: Rows) -> None:
         rows = self._opened.read(change.tensor)
-        base = self._model.weights.rows(change.module.weight, change.ids)
+        base = self._base.rows(change.module.weight, change.ids)
         order = np.argsort(change.ids)
         self._core.replace_rows(change.module.name, sorted(change.ids), rows[order])
         norm = float(np.sqrt(np.square(rows - base, dtype=np.float64).sum()))
         self._note(change.module, "rows", norm)
+
+    def _replace_bias(self, change: Bias) -> None:
+        shift = self._opened.read(change.tensor) - self._base.vector(change.weight)
+        self._shift(change.module, shift)
+        self._note(change.module, "bias", float(np.linalg.norm(shift.astype(np.float64))))
+
+    def _shift(self, module: Module, shift: np.ndarray) -> None:
+        self._shifts[module] = self._shifts.get(module, np.float32(0)) + shift
 
 
 def as_product(opened: AdapterFolder, pair: LowRank) -> Product:

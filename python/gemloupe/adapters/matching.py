@@ -5,21 +5,21 @@ Nothing is read but names and shapes: `match` either accounts for every tensor o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gemloupe.adapters import keys
 from gemloupe.adapters.adapter_config import AdapterConfig
 from gemloupe.adapters.keys import Key
-from gemloupe.adapters.modules import HEAD, Module, modules_of
+from gemloupe.adapters.modules import HEAD, Module, Towers, modules_of
 from gemloupe.checkpoint import expected_text_tensors, tower_of, unused_text_tensors
 from gemloupe.config import TextConfig
 from gemloupe.errors import MAX_LISTED, did_you_mean, format_shape, quoted
 from gemloupe.safetensors_header import TensorInfo
 
 DTYPES = ("F32", "BF16", "F16")
-NOT_ADAPTED = "is run without adapters by this version"
+NO_TOWERS = Towers()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,17 @@ class Rows:
     ids: tuple[int, ...]
 
 
-Changing = LowRank | Replacement | Rows
+@dataclass(frozen=True)
+class Bias:
+    """A bias in place of a module's own."""
+
+    module: Module
+    tensor: TensorInfo
+    weight: str
+    """The checkpoint's tensor."""
+
+
+Changing = LowRank | Replacement | Rows | Bias
 
 
 class Copy(NamedTuple):
@@ -82,13 +92,14 @@ class Match:
     low_rank: tuple[LowRank, ...]
     replacements: tuple[Replacement, ...]
     rows: tuple[Rows, ...]
+    biases: tuple[Bias, ...]
     copies: tuple[Copy, ...]
     ignored: tuple[Ignored, ...]
 
     @property
     def changes(self) -> tuple[Changing, ...]:
         """All that changes a module."""
-        return (*self.low_rank, *self.replacements, *self.rows)
+        return (*self.low_rank, *self.replacements, *self.rows, *self.biases)
 
     @property
     def touched(self) -> list[Module]:
@@ -100,12 +111,9 @@ def match(
     tensors: Iterable[TensorInfo],
     adapter: AdapterConfig,
     config: TextConfig,
-    towers: Collection[str] = (),
+    towers: Towers = NO_TOWERS,
 ) -> tuple[Match, list[str]]:
-    """Assigns every tensor to a module; returns also what is wrong, a line each.
-
-    `towers`: the vision and audio modules that the model has.
-    """
+    """Assigns every tensor to a module; returns also what is wrong, a line each."""
     matcher = _Matcher(adapter, config, towers)
     for tensor in tensors:
         matcher.sort(tensor)
@@ -117,39 +125,39 @@ def match(
 class _Matcher:
     adapter: AdapterConfig
     config: TextConfig
-    towers: Collection[str]
+    towers: Towers
     problems: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.modules = modules_of(self.config)
-        self.shapes = expected_text_tensors(self.config)
+        self.modules = modules_of(self.config) | dict(self.towers.modules)
+        self.shapes = expected_text_tensors(self.config) | dict(self.towers.shapes)
         self.unused = unused_text_tensors(self.config)
         self.groups: dict[tuple[str, str, int], dict[str, TensorInfo]] = {}
         self.names: set[str] = set()
         self.low_rank: list[LowRank] = []
         self.replacements: list[Replacement] = []
         self.rows: list[Rows] = []
+        self.biases: list[Bias] = []
         self.copies: list[Copy] = []
         self.ignored: list[Ignored] = []
 
     def result(self) -> Match:
         return Match(
-            tuple(self.low_rank), tuple(self.replacements), tuple(self.rows), tuple(self.copies),
-            tuple(self.ignored),
+            tuple(self.low_rank), tuple(self.replacements), tuple(self.rows), tuple(self.biases),
+            tuple(self.copies), tuple(self.ignored),
         )  # fmt: skip
 
     def sort(self, tensor: TensorInfo) -> None:
         """Puts one tensor to its module's others, or says at once what becomes of it."""
         key = keys.parse(tensor.name)
         path = keys.in_text_decoder(key.path)
-        if path is None:
-            tower = tower_of(key.path)
-            if tower is None:
-                self._unmatched(tensor, key.path)
-            else:
-                here = f"{tower} {NOT_ADAPTED}"
-                reason = here if tower in self.towers else f"this model has no {tower}"
-                self.ignored.append(Ignored(tensor.name, reason))
+        tower = None if path else tower_of(keys.in_towers(key.path))
+        if tower in self.towers.parts:
+            path = keys.in_towers(key.path)
+        if path is None and tower is None:
+            self._unmatched(tensor, key.path)
+        elif path is None:
+            self.ignored.append(Ignored(tensor.name, f"this model has no {tower}"))
         elif (f"{path}.weight" if key.part != "saved" else path) in self.unused:
             layer = int(path.split(".")[1])
             source = self.config.layers[layer].kv_source
@@ -163,6 +171,8 @@ class _Matcher:
             self._tokens(tensor, path)
         elif key.part == "base":
             self._base_copy(tensor, path)
+        elif key.part == "base_bias":
+            self._saved(tensor, f"{path}.bias")
         else:
             self._part(tensor, key, path)
 
@@ -188,9 +198,15 @@ class _Matcher:
         if module is not None and not module.is_experts and path.endswith(".weight"):
             if self._shape_is(tensor, module.shape):
                 self.replacements.append(Replacement(module, tensor))
+        elif path in self.shapes and path.endswith(".bias") and path[:-5] in self.modules:
+            if self._shape_is(tensor, self.shapes[path]):
+                self.biases.append(Bias(self.modules[path[:-5]], tensor, path))
         elif path in self.shapes:
             if self._shape_is(tensor, self.shapes[path]):
-                why = "other values than the model's; only matrices and embeddings can be replaced"
+                why = (
+                    "other values than the model's; of those only matrices, embeddings and the "
+                    "biases of matrices can be replaced"
+                )
                 self.copies.append(Copy(path, tensor, why))
         else:
             self._unmatched(tensor, path)
@@ -243,6 +259,8 @@ class _Matcher:
             self._pair(path, full, parts)
         changed: dict[Module, str] = {}
         for change in self.result().changes:
+            if isinstance(change, Bias):  # It stands beside a change of the matrix.
+                continue
             kind = type(change).__name__
             if changed.setdefault(change.module, kind) != kind or (
                 kind == "LowRank" and sum(c.module == change.module for c in self.low_rank) > 1
@@ -286,6 +304,10 @@ class _Matcher:
 
     def _no_module(self, path: str, a: TensorInfo, b: TensorInfo) -> None:
         down = self.modules.get(f"{path}.down_proj")
+        if len(self.shapes.get(f"{path}.weight", ())) > 2:
+            for tensor in (a, b):
+                self._problem(tensor, "changes a convolution; expected linear modules in towers")
+            return
         if not path.endswith(".experts") or down is None:
             self._unmatched(a, path)
             self._unmatched(b, path)

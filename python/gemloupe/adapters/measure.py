@@ -10,7 +10,7 @@ import numpy as np
 from gemloupe.adapters.modules import Module
 
 if TYPE_CHECKING:
-    from gemloupe.weights import Weights
+    from gemloupe.adapters.base_weights import BaseWeights
 
 # Rows of a matrix in memory at a time, and as many of its change.
 _BLOCK_BYTES = 32 << 20
@@ -23,7 +23,7 @@ def no_progress(_count: int) -> None:
 
 
 def row_blocks(
-    weights: Weights, module: Module, progress: Progress = no_progress
+    weights: BaseWeights, module: Module, progress: Progress = no_progress
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yields (first, end, float32 [end - first, in]) of a matrix, dequantised."""
     count = int(np.prod(module.shape[:-1]))
@@ -34,7 +34,7 @@ def row_blocks(
         progress((end - first) * module.inputs)
 
 
-def base_norm(weights: Weights, module: Module, progress: Progress = no_progress) -> float:
+def base_norm(weights: BaseWeights, module: Module, progress: Progress = no_progress) -> float:
     """‖W‖, Frobenius."""
     return float(
         np.sqrt(sum(_square(rows) for _, _, rows in row_blocks(weights, module, progress)))
@@ -83,7 +83,7 @@ class Dora(NamedTuple):
 
 
 def dora(
-    weights: Weights,
+    weights: BaseWeights,
     module: Module,
     product: Product,
     magnitude: np.ndarray,

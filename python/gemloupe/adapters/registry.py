@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from gemloupe import _core
+from gemloupe import _core, override
 from gemloupe.adapters import loading, selection
 from gemloupe.adapters.adapter import Adapter
+from gemloupe.adapters.base_weights import BaseWeights
+from gemloupe.adapters.modules import Module, Towers, modules_of, towers_of
 from gemloupe.adapters.selection import Selection
 from gemloupe.cache import BASE
 from gemloupe.errors import did_you_mean, quoted
@@ -39,10 +43,27 @@ class Adapters:
         self.version = 0
         """Of the weights that passes use; odd while they are being changed."""
 
+    @functools.cached_property
+    def towers(self) -> Towers:
+        """What adapters find of the model's vision and audio parts."""
+        return towers_of(self._model.checkpoint)
+
+    @functools.cached_property
+    def modules(self) -> Mapping[str, Module]:
+        """Every module that adapters can change, by label, in model order."""
+        text = modules_of(self._model.config.text).values()
+        return {module.label: module for module in (*text, *self.towers.modules.values())}
+
+    @functools.cached_property
+    def base(self) -> BaseWeights:
+        """The weights that adapters stand beside."""
+        return BaseWeights(self._model)
+
     def load(
         self, source: str | os.PathLike[str], name: str | None, scale: float, strict: bool,
         dtype: str,
     ) -> Adapter:  # fmt: skip
+        override.refuse_inside(self._model, "an adapter can't be loaded")
         if name is not None:
             self._check_free(name)
         adapter = loading.load(self._model, source, name, scale, strict, dtype)
@@ -169,7 +190,17 @@ class Adapters:
 
     def rows(self, value: Any, count: int | None) -> list[Selection]:
         """One selection for each row, from `adapter=`."""
-        return [self.selected(one) for one in selection.per_row(value, count)]
+        overridden = override.label(self._model)
+        return [
+            replace(self.selected(one), overridden=overridden)
+            for one in selection.per_row(value, count)
+        ]
+
+    def media(self, selected: Selection) -> Selection:
+        """What images and sounds of a row that runs under `selected` are encoded under: merged
+        adapters too, whose changes of the towers stay beside the weights."""
+        with self._lock:
+            return Selection((*self._merged.values(), *selected.adapters))
 
     def _select(self, value: Any) -> Selection:
         found = []
@@ -219,6 +250,7 @@ class Adapters:
 
     def _merge(self, merged: dict[str, tuple[Adapter, float]], requantize: bool) -> Table:
         """Folds all of `merged` into the weights anew, so that errors don't add up."""
+        override.refuse_inside(self._model, "adapters can't be merged")
         mix = Selection(tuple(merged.values())).core
         self.version += 1
         try:

@@ -18,7 +18,7 @@ class Change:
     module: str
     """The engine's name, "layers.3.attn.q_proj"."""
     kind: str
-    """"LoRA", "DoRA", "matrix" (modules_to_save), or "rows" (trainable tokens)."""
+    """"LoRA", "DoRA", "matrix" (modules_to_save), "rows" (trainable tokens), or "bias"."""
     rank: int | None
     """None where the change is no product."""
     scale: float | None
@@ -26,7 +26,7 @@ class Change:
     norm: float
     """‖ΔW‖, Frobenius, at the adapter's own scale."""
     base_norm: float | None = None
-    """‖W‖ of the model; None where it wasn't asked for."""
+    """‖W‖ of the model; None where it wasn't asked for, and of a bias."""
 
     @property
     def relative(self) -> float | None:

@@ -21,16 +21,30 @@ Choice = str | Adapter | Mapping[Any, float] | None
 """A name, an adapter, {name or adapter: weight}, {} for none; None for those that are active."""
 
 
+Mix = tuple[tuple[Any, float], ...]
+"""(`_core.Adapter`, weight) of adapters whose changes add up."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """The adapters of one row, each with the weight of its changes."""
 
     adapters: tuple[tuple[Adapter, float], ...] = ()
+    overridden: str = ""
+    """What `Model.override` put in place of the model's weights, for people; "" for nothing."""
 
     @property
     def core(self) -> list[tuple[Any, float]]:
         """What the engine takes: every weight times its adapter's own scale."""
         return [(adapter.held.core, weight * adapter.scale) for adapter, weight in self.adapters]
+
+    def of_tower(self, tower: str) -> Mix:
+        """The same of those adapters that change a tower: "vision" or "audio"."""
+        return tuple(
+            (adapter.held.core, weight * adapter.scale)
+            for adapter, weight in self.adapters
+            if tower in adapter.towers
+        )
 
     @property
     def label(self) -> str:
@@ -39,10 +53,11 @@ class Selection:
             adapter.name if weight == 1 else f"{weight:g} {adapter.name}"
             for adapter, weight in self.adapters
         ]
+        texts += [self.overridden] if self.overridden else []
         return " + ".join(texts) or BASE
 
     def __bool__(self) -> bool:
-        return bool(self.adapters)
+        return bool(self.adapters or self.overridden)
 
 
 NO_ADAPTERS = Selection()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemloupe import hooks
-from gemloupe.comparison import contributions, walk
+from gemloupe.comparison import contributions, media, walk
 from gemloupe.comparison import transformers_capture as hf
 from gemloupe.comparison.operations import Captured
 from gemloupe.comparison.recording import RecordedSide
@@ -53,7 +53,8 @@ def compare(
     `reference`: a Gemma 4 model of transformers as it was loaded (it is as it was afterwards), a
     checkpoint folder or "demo:edge" (loaded with transformers in `reference_dtype`), another
     gemloupe model, or a file of `gl.record_reference`. `inputs`: what `model.prepare` takes: ids,
-    text, a chat, a `Prompt`, or a batch; None takes the prompts of a recorded file. `points`:
+    text, a chat, a `Prompt`, or a batch; None takes the prompts of a recorded file. Media come in a
+    chat's parts or a `Prompt` (model.prepare(text, images=…)); see below. `points`:
     names or patterns. The float64 part takes most of the time: minutes for billions of weights.
 
     A point whose values differ is re-run in float64 from the captured inputs of both sides, with
@@ -72,6 +73,12 @@ def compare(
     an adapter does. Each module that it changes is a divergence whose weights differ; layers,
     tokens and choices of experts that follow from it come after.
 
+    Images, sounds and videos: both sides get the same patches and mel frames, made by gemloupe
+    (transformers' processor makes equal ones), and encode them with their own towers, whose points
+    ("vision.…", "audio.…", positions within one picture or sound) come first in the report. Points
+    of towers are compared with an allowance of 1e-4 of the largest value, not re-run in float64:
+    the first that diverges is where to look. Soft tokens without a known source are given to both.
+
     Returns a `Report`. Raises ValueError for a reference of other sizes, hostile or foreign files
     and unknown arguments, KeyError for a pattern that matches nothing, ImportError where a
     transformers reference needs torch.
@@ -83,11 +90,15 @@ def compare(
     check_same_shape(model_side, side)
     prompts = _prompts(model, side, inputs)
     notes = _align(model_side, side)
-    names = [point.name for point in hooks.select(points, model.config.text)[0]]
-    comparison = _Comparison(model, model_side, side, names)
+    patterns = [points] if isinstance(points, str) else list(points)
+    towers = media.selected(model, patterns) if any(p.media for p in prompts) else []
+    of_text = [p for p in patterns if not (towers and p.startswith(walk.TOWERS))]
+    names = [point.name for point in hooks.select(of_text, model.config.text)[0]]
+    comparison = _Comparison(model, model_side, side, names, towers)
     with ProgressBar("comparing", shown=len(names) * len(prompts) > _BAR_POINTS) as bar:
         for number, prompt in enumerate(prompts):
-            comparison.add(number, prompt.ids.tolist())
+            comparison.add_towers(number, prompt)
+            comparison.add(number, prompt)
             bar.show((number + 1) / len(prompts))
     report = comparison.report(prompts)
     report.contributions = contributions.rank(report.points, comparison.walk, model_side.tensors)
@@ -97,9 +108,8 @@ def compare(
                 'measure="kl" puts rounded tensors into a transformers model, but the reference is '
                 f"{side.engine.label}; leave it out, or pass a transformers model"
             )
-        ids = [prompt.ids.tolist() for prompt in prompts]
         report.contributions = contributions.with_kl(
-            report.contributions, side, model_side.tensors, ids
+            report.contributions, side, model_side.tensors, prompts
         )
     own_notes = side.notes if isinstance(side, TransformersSide) else ()
     report.notes = (*notes, *own_notes, *comparison.notes, *_naming_notes(model, side))
@@ -118,7 +128,7 @@ def open_reference(reference: Any, dtype: str = "float32", adapter: Any = None) 
     if isinstance(reference, (GemloupeSide, TransformersSide, RecordedSide)):
         return reference
     if isinstance(reference, Model):
-        return GemloupeSide(reference, adapter)
+        return GemloupeSide(reference, adapter, "reference")
     if hf.is_transformers_model(reference):
         return TransformersSide(reference)
     if not isinstance(reference, (str, os.PathLike)):
@@ -171,10 +181,7 @@ def _prompts(model: Model, side: Side, inputs: Any) -> list[Prompt]:
             raise ValueError("inputs is None; expected ids, text, a prompt or a batch of these")
         inputs = side.prompts
     prepared = model.prepare(inputs)
-    prompts = prepared if isinstance(prepared, list) else [prepared]
-    if any(prompt.media for prompt in prompts):
-        raise ValueError("inputs have images or sounds, which compare does not give; pass text")
-    return prompts
+    return prepared if isinstance(prepared, list) else [prepared]
 
 
 def _align(model: GemloupeSide, side: Side) -> list[str]:
@@ -217,8 +224,15 @@ class _Comparison:
     """Gathers points, KL and choices of experts over prompts."""
 
     def __init__(
-        self, model: Model, model_side: GemloupeSide, side: Side, names: Sequence[str]
+        self,
+        model: Model,
+        model_side: GemloupeSide,
+        side: Side,
+        names: Sequence[str],
+        towers: Sequence[hooks.HookPoint],
     ) -> None:
+        self._model = model
+        self._towers = towers
         self._config = model.config.text
         self._model_side = model_side
         self._side = side
@@ -232,7 +246,29 @@ class _Comparison:
         self._missing: set[str] = set()
         self.notes: list[str] = []
 
-    def add(self, number: int, ids: Sequence[int]) -> None:
+    def add_towers(self, number: int, prompt: Prompt) -> None:
+        """Encodes each picture and sound of one prompt on both sides."""
+        nothing = np.zeros(0, np.int64)
+        for source in media.sources(prompt) if self._towers else ():
+            for points in media.groups(self._towers, source, self._model):
+                theirs = self._side.tower_values(prompt, source, points) or {}
+                self._missing |= {point.name for point in points} - set(theirs)
+                points = [point for point in points if point.name in theirs]
+                ours = self._model_side.tower_values(prompt, source, points) or {}
+                pair = Pair(
+                    self._captured(self._model_side, ours, nothing),
+                    self._captured(self._side, theirs, nothing),
+                    self._side.tower_values(prompt, source, points, float32=True),
+                    number,
+                )
+                self._take(pair, [point.name for point in points])
+
+    def _take(self, pair: Pair, names: Sequence[str]) -> None:
+        for point in self.walk.points(pair, names):
+            before = self._points.get(point.name)
+            self._points[point.name] = walk.merge(before, point) if before else point
+
+    def add(self, number: int, prompt: Prompt) -> None:
         """Runs both sides over one prompt; of a model with experts first as they route."""
         plain = []
         for layer in range(self._config.num_hidden_layers):
@@ -245,23 +281,21 @@ class _Comparison:
         experts: Experts | None = None
         flips: dict[int, int] = {}
         if apart:
-            pair = self._pair(number, ids, plain)
-            self._add_logits(pair)
+            pair = self._pair(number, prompt, plain)
+            self._add_logits(pair, prompt)
             choices = _all_choices(pair, plain)
             forced, experts, flips = self._forced(pair, choices)
             if forced:
                 # With the same path before it, a choice that still differs is no consequence.
-                choices = _all_choices(self._pair(number, ids, plain, forced, experts), plain)
+                choices = _all_choices(self._pair(number, prompt, plain, forced, experts), plain)
             self._choices += choices
-        for names in _groups(self._names, self._config, len(ids)):
+        for names in _groups(self._names, self._config, len(prompt)):
             read = [*names, *_inputs_of(names, self._config)]
-            pair = self._pair(number, ids, read, forced, experts)
+            pair = self._pair(number, prompt, read, forced, experts)
             pair = replace(pair, flips=flips)
-            for point in self.walk.points(pair, names):
-                before = self._points.get(point.name)
-                self._points[point.name] = walk.merge(before, point) if before else point
+            self._take(pair, names)
             if not apart and "logits" in names:
-                self._add_logits(pair)
+                self._add_logits(pair, prompt)
             self._missing |= set(names) - set(pair.reference.values)
 
     def _forced(
@@ -299,43 +333,50 @@ class _Comparison:
     def _pair(
         self,
         number: int,
-        ids: Sequence[int],
+        prompt: Prompt,
         names: Sequence[str],
         forced: str = "",
         experts: Experts | None = None,
     ) -> Pair:
-        array = np.asarray(ids)
+        ids = np.asarray(prompt.ids)
         ours = experts if forced == "model" else None
         theirs = experts if forced == "reference" else None
-        reference = self._side.values(ids, names, theirs)
+        reference = self._side.values(prompt, names, theirs)
         has_experts = [name for name in reference if name.endswith("router.experts")]
         # The float32 run takes the same experts: rounding is compared, not routing.
         same = theirs or {int(n.split(".")[1]): reference[n] for n in has_experts}
         return Pair(
-            self._captured(self._model_side, self._model_side.values(ids, names, ours), array),
-            self._captured(self._side, reference, array),
-            self._side.float32_values(ids, names, same),
+            self._captured(
+                self._model_side, self._model_side.values(prompt, names, ours), ids, prompt
+            ),
+            self._captured(self._side, reference, ids, prompt),
+            self._side.float32_values(prompt, names, same),
             number,
             forced=forced,
         )
 
-    @staticmethod
-    def _captured(side: Side, values: Values, ids: np.ndarray) -> Captured:
-        return Captured(values, ids, side.engine, side.embed_scale)
+    def _captured(
+        self, side: Side, values: Values, ids: np.ndarray, prompt: Prompt | None = None
+    ) -> Captured:
+        rows = None
+        if prompt is not None and prompt.media:
+            rows = side.media_rows(prompt, self._model.config)
+        return Captured(values, ids, side.engine, side.embed_scale, rows)
 
-    def _add_logits(self, pair: Pair) -> None:
+    def _add_logits(self, pair: Pair, prompt: Prompt) -> None:
         got, expected = (s.values.get("logits") for s in (pair.model, pair.reference))
         if got is None or expected is None:
             return
         self._kl.append(contributions.kl(expected, got))
         self._top1.append(got.argmax(axis=-1) == expected.argmax(axis=-1))
-        own = self._side.float32_logits(pair.model.ids.tolist())
+        own = self._side.float32_logits(prompt)
         if own is not None:
             self._own_kl.append(contributions.kl(expected, own))
 
     def report(self, prompts: Sequence[Prompt]) -> Report:
         positions = [(n, t) for n, prompt in enumerate(prompts) for t in range(len(prompt))]
-        compared = [self._points[name] for name in self._names if name in self._points]
+        names = [*(point.name for point in self._towers), *self._names]
+        compared = [self._points[name] for name in names if name in self._points]
         return Report(
             model=self._model_side.engine.label,
             reference=self._side.engine.label,
@@ -346,7 +387,7 @@ class _Comparison:
             tokens=[token for prompt in prompts for token in _tokens(prompt)],
             own_kl=np.concatenate(self._own_kl) if self._own_kl else None,
             near_ties=self._choices,
-            not_compared=tuple(n for n in self._names if n in self._missing),
+            not_compared=tuple(name for name in names if name in self._missing),
         )
 
 

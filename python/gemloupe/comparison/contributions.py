@@ -21,6 +21,7 @@ from gemloupe.comparison.report import Contribution
 from gemloupe.comparison.sides import TransformersSide
 from gemloupe.comparison.tensors import Tensors
 from gemloupe.comparison.walk import PointError, Walk
+from gemloupe.prompt import Prompt
 
 
 def kl(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
@@ -71,16 +72,16 @@ def with_kl(
     ranked: Sequence[Contribution],
     side: TransformersSide,
     tensors: Tensors,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
 ) -> list[Contribution]:
     """Measures each tensor's KL alone; the largest first."""
-    plain = [side.values(ids, ["logits"])["logits"] for ids in prompts]
+    plain = [side.values(prompt, ["logits"])["logits"] for prompt in prompts]
     measured = []
     for contribution in ranked:
         name = contribution.tensor
         rows = tensors.rows(name, 0, weights.num_rows(tensors, name))
         with side.swapped(name, rows):
-            swapped = [side.values(ids, ["logits"])["logits"] for ids in prompts]
+            swapped = [side.values(prompt, ["logits"])["logits"] for prompt in prompts]
         values = [kl(p, q) for p, q in zip(plain, swapped, strict=True)]
         measured.append(replace(contribution, kl=float(np.concatenate(values).mean())))
     return sorted(measured, key=lambda c: -(c.kl or 0.0))

@@ -20,6 +20,7 @@ from gemloupe.comparison.tensors import Tensors
 from gemloupe.embed_scale import embed_scale
 
 if TYPE_CHECKING:
+    from gemloupe.comparison.media import MediaRows
     from gemloupe.config import LayerConfig, TextConfig
 
 
@@ -36,6 +37,17 @@ class Captured:
     engine: Engine
     embed_scale: str
     """The dtype that √hidden_size was rounded to."""
+    media: MediaRows | None = None
+    """What stands beside words."""
+
+    @property
+    def looked_up(self) -> np.ndarray:
+        """The ids whose embeddings are read: padding where media stand."""
+        if self.media is None:
+            return self.ids
+        ids = self.ids.copy()
+        ids[self.media.rows] = self.media.padding_id
+        return ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +133,19 @@ def _gelu_times(gate: str, up: str) -> Operation:
 
 
 def _embed(c: Context) -> Bounded:
-    rows = weights.gather(c.tensors, "embed_tokens.weight", c.captured.ids)
+    rows = weights.gather(c.tensors, "embed_tokens.weight", c.captured.looked_up)
     factor = embed_scale(c.captured.embed_scale, c.config.hidden_size)
-    return c.captured.engine.roundings.scale(exact(rows), factor)
+    scaled = c.captured.engine.roundings.scale(exact(rows), factor)
+    media = c.captured.media
+    if media is None:
+        return scaled
+    value, error = scaled.value.copy(), np.broadcast_to(scaled.error, scaled.value.shape).copy()
+    value[media.rows], error[media.rows] = media.soft_tokens, 0.0
+    return Bounded(value, error)
 
 
 def _token_part(c: Context) -> Bounded:
-    rows = weights.gather(c.tensors, "embed_tokens_per_layer.weight", c.captured.ids)
+    rows = weights.gather(c.tensors, "embed_tokens_per_layer.weight", c.captured.looked_up)
     size = c.config.hidden_size_per_layer_input
     rows = rows.reshape(len(rows), c.config.num_hidden_layers, size)
     return c.captured.engine.roundings.scale(exact(rows), embed_scale(c.captured.embed_scale, size))
@@ -203,7 +221,11 @@ def _visible(c: Context) -> np.ndarray:
     window = c.spec.window
     if c.config.bidirectional == "all":
         return np.abs(distance) <= window if window else np.full(distance.shape, True)
-    return (distance >= 0) & (distance < window) if window else distance >= 0
+    seen = (distance >= 0) & (distance < window) if window else distance >= 0
+    media = c.captured.media
+    for begin, end in media.blocks if media is not None and window else ():
+        seen[begin:end, begin:end] = distance[begin:end, begin:end] < window
+    return seen
 
 
 def _captured_or(name: str, compute: Callable[[Context], Bounded]) -> Callable[[Context], Bounded]:

@@ -111,6 +111,11 @@ def _prompts(model: Any, inputs: Any, vocab_size: int) -> list[list[int]]:
     prompts = []
     for row in rows:
         if isinstance(row, Prompt):
+            if row.media:
+                raise ValueError(
+                    "inputs has a prompt with media, which are not recorded; pass text, or compare "
+                    "with the model itself"
+                )
             ids = row.ids
         elif isinstance(row, str):
             ids = np.asarray(_encode(model, row))
@@ -166,23 +171,23 @@ class RecordedSide:
         return False
 
     def values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> Values:
-        return self._read(ids, names, "")
+        return self._read(prompt, names, "")
 
     def float32_values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> Values | None:
         if self.engine.dtype in ("float32", "float64"):
             return None
-        return self._read(ids, names, "float32/")
+        return self._read(prompt, names, "float32/")
 
-    def float32_logits(self, ids: Sequence[int]) -> np.ndarray | None:
+    def float32_logits(self, prompt: Prompt) -> np.ndarray | None:
         prefix = _FREE if self.shape["num_experts"] else "float32/"
-        return self._read(ids, ["logits"], prefix).get("logits")
+        return self._read(prompt, ["logits"], prefix).get("logits")
 
-    def _read(self, ids: Sequence[int], names: Collection[str], prefix: str) -> Values:
-        number = self._number(ids)
+    def _read(self, prompt: Prompt, names: Collection[str], prefix: str) -> Values:
+        number = self._number(prompt)
         found = {}
         for name in names:
             place = self._places.get(f"{number}/{prefix}{name}")
@@ -190,8 +195,21 @@ class RecordedSide:
                 found[name] = self._array(place)
         return found
 
-    def _number(self, ids: Sequence[int]) -> int:
-        wanted = [int(index) for index in ids]
+    def media_rows(self, prompt: Prompt, config: Any) -> None:
+        return None
+
+    def tower_values(
+        self, prompt: Prompt, source: Any, points: Sequence[Any], float32: bool = False
+    ) -> Values | None:
+        return {}
+
+    def _number(self, prompt: Prompt) -> int:
+        if prompt.media:
+            raise ValueError(
+                f"{self._path}: a recorded reference holds text alone, but the prompt has media; "
+                "pass the transformers model or its folder"
+            )
+        wanted = prompt.ids.tolist()
         for number, recorded in enumerate(self.prompts):
             if recorded == wanted:
                 return number

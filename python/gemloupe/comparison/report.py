@@ -184,7 +184,7 @@ class Report:
         cells, rows = [], []
         for name, points in groups.items():
             worst = max(points, key=lambda p: p.relative)
-            out = next((p for p in points if p.point == "resid_post"), points[-1])
+            out = next((p for p in points if p.point.endswith("resid_post")), points[-1])
             ratios = [p.ratio for p in points if p.ratio is not None]
             cells.append(
                 [
@@ -291,6 +291,9 @@ class Report:
 def _group(point: PointError) -> str:
     if point.layer >= 0:
         return f"layer {point.layer}"
+    tower, _, rest = point.name.partition(".")
+    if tower in ("vision", "audio"):
+        return f"{tower} layer {rest.split('.')[1]}" if rest.startswith("layers.") else tower
     return "input" if point.name.startswith(("embed", "per_layer")) else "output"
 
 

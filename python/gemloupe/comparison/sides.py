@@ -12,13 +12,19 @@ import numpy as np
 from gemloupe import _core
 from gemloupe import run as _run
 from gemloupe.comparison import transformers_capture as hf
+from gemloupe.comparison import transformers_towers as towers
 from gemloupe.comparison.engines import PLAIN, Engine
+from gemloupe.comparison.media import GemloupeTowers, MediaRows, Source, media_rows, parts
 from gemloupe.comparison.tensors import AdaptedTensors, GemloupeTensors, Tensors, TorchTensors
 from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import quoted
 
 if TYPE_CHECKING:
+    from gemloupe.config import ModelConfig
+    from gemloupe.hooks import HookPoint
+    from gemloupe.media import Medium
     from gemloupe.model import Model
+    from gemloupe.prompt import Prompt
 
 Values = dict[str, np.ndarray]
 Experts = Mapping[int, np.ndarray]
@@ -49,24 +55,35 @@ class Side(Protocol):
     def can_force_experts(self) -> bool: ...
 
     def values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> Values:
         """Returns those of `names` that this side has, float32 [T, …]; expert ids are integers."""
 
     def float32_values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> Values | None:
         """The same weights computed in float32; None where this side did so already."""
 
-    def float32_logits(self, ids: Sequence[int]) -> np.ndarray | None:
+    def float32_logits(self, prompt: Prompt) -> np.ndarray | None:
         """Logits [T, V] of `float32_values`, each token with the experts that float32 chooses."""
+
+    def media_rows(self, prompt: Prompt, config: ModelConfig) -> MediaRows | None:
+        """What this side's towers make of a prompt's media; None without media."""
+
+    def tower_values(
+        self, prompt: Prompt, source: Source, points: Sequence[HookPoint], float32: bool = False
+    ) -> Values | None:
+        """What this side's tower holds at those of `points` that it has; with `float32` what it
+        would hold in float32, None where it holds that already."""
 
 
 class GemloupeSide:
     """A gemloupe model, under adapters where it has any."""
 
-    def __init__(self, model: Model, adapter: Any = None) -> None:
+    def __init__(self, model: Model, adapter: Any = None, name: str = "model") -> None:
+        """`name`: "model" or "reference", for messages."""
         self.model = model
+        self._towers = GemloupeTowers(model, name)
         self.selection = model.adapters.selected(adapter)
         self.tensors: Tensors = GemloupeTensors(model.weights)
         if self.selection:
@@ -91,22 +108,35 @@ class GemloupeSide:
         return "edit" in inspect.signature(_run.run).parameters
 
     def values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> Values:
         arguments: dict[str, Any] = {"adapter": dict(self.selection.adapters)}
         if experts:
             arguments["edit"] = {f"layers.{i}.router.experts": e for i, e in experts.items()}
         wants_logits = any(name.startswith("logits") for name in names)
         logits = "all" if wants_logits else None
-        run = self.model.run(list(ids), capture=list(names), logits=logits, **arguments)
+        x = self._towers.prompt(prompt) if prompt.media else prompt.ids.tolist()
+        # Every position's keys are compared: a ring would have lost those of a long prompt.
+        cache = self.model.new_cache(sliding="full")
+        run = self.model.run(x, capture=list(names), logits=logits, cache=cache, **arguments)
         return {name: np.asarray(run[name]) for name in names}
 
+    def media_rows(self, prompt: Prompt, config: ModelConfig) -> MediaRows | None:
+        tokens = [self._towers.soft_tokens(medium) for medium in prompt.media]
+        return media_rows(prompt, tokens, config)
+
+    def tower_values(
+        self, prompt: Prompt, source: Source, points: Sequence[HookPoint], float32: bool = False
+    ) -> Values | None:
+        names = [point.name for point in points]
+        return None if float32 else self._towers.values(prompt, source, names)
+
     def float32_values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> None:
         return None
 
-    def float32_logits(self, ids: Sequence[int]) -> None:
+    def float32_logits(self, prompt: Prompt) -> None:
         return None
 
 
@@ -138,6 +168,8 @@ class TransformersSide:
         self._state = hf.text_state(model)
         self.tensors: Tensors = TorchTensors(self._state)
         self._aligned: str | None = None
+        # Soft tokens by medium and whether in float32, of the prompt that came last.
+        self._encoded: tuple[Prompt | None, dict[bool, list[np.ndarray]]] = (None, {})
         self.notes: list[str] = []
         if rounded := hf.rounded_frequencies(model):
             self.notes.append(
@@ -155,33 +187,64 @@ class TransformersSide:
         self.embed_scale = dtype
 
     def values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> Values:
-        return self._record(ids, names, experts, float32=False)
+        return self._record(prompt, names, experts, float32=False)
 
     def float32_values(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None = None
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None = None
     ) -> Values | None:
         if self.engine.dtype in ("float32", "float64"):
             return None
-        return self._record(ids, names, experts, float32=True)
+        return self._record(prompt, names, experts, float32=True)
 
-    def float32_logits(self, ids: Sequence[int]) -> np.ndarray | None:
-        values = self.float32_values(ids, ["logits"])
+    def float32_logits(self, prompt: Prompt) -> np.ndarray | None:
+        values = self.float32_values(prompt, ["logits"])
         return None if values is None else values["logits"]
 
     def _record(
-        self, ids: Sequence[int], names: Collection[str], experts: Experts | None, float32: bool
+        self, prompt: Prompt, names: Collection[str], experts: Experts | None, float32: bool
     ) -> Values:
+        media = None
+        if prompt.media:
+            assert prompt.config is not None
+            rows = media_rows(prompt, self._soft_tokens(prompt, float32), prompt.config)
+            media = None if rows is None else (prompt, rows)
         tensors = hf.record(
             self.model,
-            ids,
+            prompt.ids.tolist(),
             names,
             experts=experts,
             float32=float32,
             embed_scale=self._aligned,
+            media=media,
         )
         return {name: as_array(tensor) for name, tensor in tensors.items()}
+
+    def media_rows(self, prompt: Prompt, config: ModelConfig) -> MediaRows | None:
+        return media_rows(prompt, self._soft_tokens(prompt, False), config)
+
+    def _soft_tokens(self, prompt: Prompt, float32: bool) -> list[np.ndarray]:
+        if self._encoded[0] is not prompt:
+            self._encoded = (prompt, {})
+        held = self._encoded[1]
+        if float32 not in held:
+            held[float32] = [self._tokens_of(medium, float32) for medium in prompt.media]
+        return held[float32]
+
+    def _tokens_of(self, medium: Medium, float32: bool) -> np.ndarray:
+        known = parts(medium)
+        if known is None:
+            return np.asarray(medium.soft_tokens)
+        encoded = [towers.encode(self.model, part, float32=float32)[0] for part in known]
+        return np.concatenate(encoded)
+
+    def tower_values(
+        self, prompt: Prompt, source: Source, points: Sequence[HookPoint], float32: bool = False
+    ) -> Values | None:
+        if float32 and self.engine.dtype in ("float32", "float64"):
+            return None
+        return towers.encode(self.model, source, points, float32=float32)[1]
 
     @contextlib.contextmanager
     def swapped(self, name: str, rows: np.ndarray) -> Iterator[None]:

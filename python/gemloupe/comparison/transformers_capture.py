@@ -18,15 +18,19 @@ import functools
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from gemloupe.embed_scale import embed_scale as scale_value
 from gemloupe.errors import missing_extra, quoted
 
+if TYPE_CHECKING:
+    from gemloupe.comparison.media import MediaRows
+    from gemloupe.prompt import Prompt
+
 _FAMILY = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 # The attention function of transformers is replaced while a pass runs, for all threads.
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 
 
 def import_torch(feature: str) -> Any:
@@ -117,20 +121,21 @@ def record(
     experts: Mapping[int, Any] | None = None,
     float32: bool = False,
     embed_scale: str | None = None,
+    media: tuple[Prompt, MediaRows] | None = None,
 ) -> dict[str, Any]:
     """Runs one prefill of ids and returns hook point -> CPU tensor [T, …] in the model's dtype.
 
     `wanted`: names to keep; None keeps all. `experts` maps a layer to int [T, k]: the experts that
     it is to choose, weighted by its own probabilities. `float32` computes in float32 with the
     model's weights as they are. `embed_scale`: the dtype to which √hidden_size is rounded, None for
-    the model's own.
+    the model's own. `media`: a prompt of these ids, and the soft tokens of its media.
     """
     torch = import_torch("a transformers reference")
     decoder = decoder_of(model)
     own = dtype_of(model)
     recorder = _Recorder(torch, decoder, wanted)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_LOCK)
+        stack.enter_context(LOCK)
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
         stack.enter_context(_eager(model, decoder))
@@ -142,10 +147,13 @@ def record(
         if experts:
             stack.enter_context(_forced(torch, decoder, experts))
         stack.enter_context(recorder.attached(model))
-        device = decoder.embed_tokens.weight.device
-        output = model(
-            input_ids=torch.tensor([list(ids)], device=device), use_cache=False, return_dict=True
-        )
+        rows = torch.tensor([list(ids)], device=decoder.embed_tokens.weight.device)
+        more: dict[str, Any] = {}
+        if media is not None:
+            from gemloupe.comparison.transformers_towers import given
+
+            more = stack.enter_context(given(model, rows, media[1], media[0]))
+        output = model(input_ids=rows, use_cache=False, return_dict=True, **more)
         recorder.keep("logits", output.logits[0])
     return recorder.finish()
 

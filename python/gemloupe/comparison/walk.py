@@ -41,6 +41,7 @@ TIE_GAP = 1e-5
 
 EQUAL, NOISE, AMPLIFIED = "equal", "noise", "amplified"
 ROUNDING, UNCHECKED, TIE, DIVERGES = "rounding", "unchecked", "near tie", "diverges"
+TOWERS = ("vision.", "audio.")
 _SEVERITY = (EQUAL, NOISE, UNCHECKED, TIE, AMPLIFIED, ROUNDING, DIVERGES)
 MEANING = {
     EQUAL: "both sides agree to the last rounding",
@@ -175,6 +176,8 @@ class Walk:
     def _judge(self, pair: Pair, measured: PointError) -> PointError:
         """Re-runs the operation in float64 from the inputs of both sides."""
         name = measured.name
+        if name.startswith(TOWERS):
+            return _of_tower(pair, measured)
         try:
             ours = self._operation(pair.model, self._model, name)
             theirs = self._operation(pair.reference, self._model, name)
@@ -482,7 +485,7 @@ def _worst_excess(got: np.ndarray, operation: Bounded) -> tuple[int, ...] | None
 
 def _at(measured: PointError, pair: Pair, index: tuple[int, ...]) -> PointError:
     """Shows another element. Scores and patterns are [N, T, S]: the position is the query's."""
-    scores = measured.point in ("attn.scores", "attn.pattern")
+    scores = measured.point.endswith(("attn.scores", "attn.pattern"))
     got, expected = (s.values[measured.name] for s in (pair.model, pair.reference))
     return replace(
         measured,
@@ -503,6 +506,22 @@ def _without_inputs(measured: PointError, missing: str) -> PointError:
         bound=limit,
         why=f"{missing} was not captured on both sides, so this or an operation before it; the "
         f"allowance is {TOLERANCE} of the largest value",
+    )
+
+
+def _of_tower(pair: Pair, measured: PointError) -> PointError:
+    limit = TOLERANCE * max(1.0, _largest(pair.reference.values[measured.name]))
+    if measured.error <= limit:
+        return replace(measured, verdict=NOISE, bound=limit)
+    if pair.model.engine.bfloat16_products or pair.reference.engine.bfloat16_products:
+        why = 'products may be in bfloat16; load the model with dtype="float32" to compare towers'
+        return replace(measured, verdict=UNCHECKED, bound=limit, why=why)
+    return replace(
+        measured,
+        verdict=DIVERGES,
+        bound=limit,
+        why="this operation of the tower, or one before it, differs: they are not re-run in "
+        f"float64, and the allowance is {TOLERANCE} of the largest value",
     )
 
 

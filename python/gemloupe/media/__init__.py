@@ -3,11 +3,14 @@
 from gemloupe.media.content import KINDS, Content, Medium, SoftTokens
 from gemloupe.media.placing import blocks, engine_input, media_parts
 from gemloupe.media.reader import Reader
+from gemloupe.media.spans import Media, Place
 
 __all__ = [
     "KINDS",
     "Content",
+    "Media",
     "Medium",
+    "Place",
     "Reader",
     "SoftTokens",
     "blocks",

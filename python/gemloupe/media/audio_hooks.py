@@ -38,7 +38,7 @@ class Heard:
     positions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def encode(tower: AudioTower, prompt: Prompt, request: AudioRequest) -> Heard:
+def encode(tower: AudioTower, prompt: Prompt, request: AudioRequest, row: int) -> Heard:
     """Encodes a prompt's sounds anew and returns what `request` asks for.
 
     Positions number the soft tokens (at "audio.mel" the frames) of each sound from 0. ValueError
@@ -58,9 +58,11 @@ def encode(tower: AudioTower, prompt: Prompt, request: AudioRequest) -> Heard:
             )
         encoding = tower.encode(
             source.clip,
+            adapters=medium.content.adapters,
             capture=request.capture,
             edit=[{name: value} for name, value in request.edit],
             check_finite=request.check_finite,
+            row=row,
         )
         heard.soft_tokens[medium] = encoding.soft_tokens
         for name, value in encoding.captured.items():

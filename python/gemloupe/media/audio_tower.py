@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe import _core, capturing, towers
+from gemloupe.adapters.selection import NO_ADAPTERS, Mix, Selection
 from gemloupe.audio_config import AudioConfig, read_audio_config
 from gemloupe.checkpoint import Checkpoint
 from gemloupe.errors import quoted
@@ -25,6 +26,7 @@ from gemloupe.media.audio import (
 )
 from gemloupe.media.content import Content, SoftTokens
 from gemloupe.media.mel import MelOptions, MelStream, log_mel, read_options
+from gemloupe.media.spans import Spans
 from gemloupe.positions import Span
 
 MAX_SECONDS = 30.0
@@ -86,23 +88,29 @@ class AudioTower:
         self,
         clip: Clip,
         *,
+        adapters: Selection = NO_ADAPTERS,
         capture: str | Iterable[str] | Mapping[str, Any] = (),
         edit: Any = None,
         check_finite: bool = False,
+        row: int = 0,
     ) -> Encoding:
-        """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`."""
+        """Computes the soft tokens of a clip; `capture` and `edit` as in `model.run`.
+
+        `row`: of a batch, which edit functions are told.
+        """
         features = self.ears.features(clip)
+        mix = adapters.of_tower("audio")
         request = capturing.parse(
-            capturing.Options(capture, False, check_finite), edit, self.config
+            capturing.Options(capture, False, check_finite), edit, self.config, adapters
         )
         if not request:
-            tokens = self.core.encode(features, _core.AudioState(), True)
+            tokens = self.core.encode(features, _core.AudioState(), True, None, mix)
             return Encoding(tokens, capturing.Captured({}, {}, self.config))
         span = Span(_Rows(self.ears.num_tokens(clip)), 0)
         capturing.check_memory(request, self.config, span, 0, len(span.prompt))
-        bound = capturing.BoundHooks(request, self.config, span, 0)
+        bound = capturing.BoundHooks(request, self.config, span, row)
         bound.core.expected_rows = len(features)
-        tokens = self.core.encode(features, _core.AudioState(), True, bound.core)
+        tokens = self.core.encode(features, _core.AudioState(), True, bound.core, mix)
         captured, _ = bound.take(np.zeros(0, np.int32), list, joined=True)
         return Encoding(tokens, captured)
 
@@ -147,22 +155,37 @@ class Sound:
         first = np.arange(self.ears.num_tokens(self.clip)) * token
         return np.stack([first, first + token], axis=1)
 
+    @property
+    def spans(self) -> Spans:
+        """What each soft token stands for: its frames and seconds."""
+        return Spans(frames=self.frames, seconds=self.times)
+
 
 def encode_audio(
     tower: AudioTower,
     source: Any,
     sampling_rate: int | None = None,
     *,
+    adapters: Selection = NO_ADAPTERS,
     capture: str | Iterable[str] | Mapping[str, Any] = (),
     edit: Any = None,
     check_finite: bool = False,
 ) -> SoftTokens:
     """Returns a sound's soft tokens [n, D]; see `Model.encode_audio`."""
     clip = tower.ears.read(source, sampling_rate)
-    encoding = tower.encode(clip, capture=capture, edit=edit, check_finite=check_finite)
+    encoding = tower.encode(
+        clip,
+        adapters=adapters,
+        capture=capture,
+        edit=edit,
+        check_finite=check_finite,
+    )
     rows = encoding.soft_tokens
     sound = Sound(clip, tower.ears, encoding.captured)
-    return SoftTokens.of(rows, Content("audio", (len(rows),), lambda: rows, source=sound))
+    content = Content(
+        "audio", (len(rows),), lambda _adapters: rows, source=sound, adapters=adapters
+    )
+    return SoftTokens.of(content)
 
 
 def read_audio(tower: AudioTower, value: Any, name: str) -> Content:
@@ -182,7 +205,7 @@ def read_audio(tower: AudioTower, value: Any, name: str) -> Content:
     return Content(
         "audio",
         (tower.ears.num_tokens(clip),),
-        lambda: tower.encode(clip).soft_tokens,
+        lambda adapters: tower.encode(clip, adapters=adapters).soft_tokens,
         source=Sound(clip, tower.ears, nothing),
     )
 
@@ -208,7 +231,11 @@ def read_ears(checkpoint: Checkpoint) -> Ears | None:
     """What a checkpoint hears; None where it has no audio part. ValueError for a wrong config."""
     if not towers.has_audio(checkpoint):
         return None
-    mel = read_options(checkpoint.folder) if checkpoint.folder.is_dir() else MelOptions()
+    if checkpoint.folder.is_dir():
+        mel = read_options(checkpoint.folder)
+    else:
+        bands = checkpoint.config.raw["audio_config"].get("input_feat_size", 128)  # See mmproj.py.
+        mel = MelOptions(feature_size=bands)
     config = read_audio_config(checkpoint.config, mel.feature_size)
     return None if config is None else Ears(config, mel)
 
@@ -220,10 +247,7 @@ def open_tower(checkpoint: Checkpoint, options: _core.AudioTowerOptions) -> Audi
     """
     ears = read_ears(checkpoint)
     if ears is None:
-        raise ValueError(
-            f"{quoted(checkpoint.source)} has no audio part; expected an E2B, E4B or 12B "
-            "checkpoint: load the folder or hub id of the whole model"
-        )
+        raise towers.lacks(checkpoint, "audio", "an E2B, E4B or 12B checkpoint")
     return make_tower(ears, towers.weights(checkpoint, towers.AUDIO), options)
 
 
@@ -242,9 +266,12 @@ class AudioStream:
     them, are there. All of them together are those of the whole sound.
     """
 
-    def __init__(self, tower: AudioTower, sampling_rate: int | None = None) -> None:
+    def __init__(
+        self, tower: AudioTower, sampling_rate: int | None = None, adapters: Mix = ()
+    ) -> None:
         """`sampling_rate`: of the samples to come; 16 kHz without it."""
         self._tower = tower
+        self._adapters = adapters
         self._rate = SAMPLING_RATE if sampling_rate is None else checked_rate(sampling_rate)
         self._resampler = None if self._rate == SAMPLING_RATE else Resampler(self._rate)
         self._mel = MelStream(tower.ears.mel)
@@ -299,4 +326,4 @@ class AudioStream:
             whole = len(held) if last else len(held) // width * width
             self._held = held[whole:]
             features = np.pad(held[:whole], (0, -whole % width)).reshape(-1, width)
-        return self._tower.core.encode(features, self._state, last)
+        return self._tower.core.encode(features, self._state, last, None, self._adapters)

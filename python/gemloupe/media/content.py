@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from gemloupe.adapters.selection import NO_ADAPTERS, Mix, Selection
+from gemloupe.media.spans import Spans
+
 KINDS = ("image", "audio", "video")
+# Soft tokens of one content that are kept, under different adapters.
+_KEPT = 4
 
 
 class SoftTokens(np.ndarray):
@@ -21,10 +26,10 @@ class SoftTokens(np.ndarray):
     content: Content | None = None
 
     @classmethod
-    def of(cls, rows: np.ndarray, content: Content) -> SoftTokens:
-        """Returns a read-only view of `rows` that knows its content."""
-        tokens = rows.view(cls)
-        tokens.content = content
+    def of(cls, content: Content) -> SoftTokens:
+        """Returns a read-only view of a content's soft tokens, which knows the content."""
+        tokens = content.soft_tokens.view(cls)
+        tokens.content = replace(content, fixed=True)
         tokens.setflags(write=False)
         return tokens
 
@@ -40,26 +45,40 @@ class Content:
     """"image", "audio" or "video"."""
     lengths: tuple[int, ...]
     """Soft tokens of each block: one block of an image or sound, one a frame of a video."""
-    encode: Callable[[], np.ndarray] = field(repr=False)
-    """Computes the soft tokens float32 [sum(lengths), D]; see `soft_tokens`."""
+    encode: Callable[[Selection], np.ndarray] = field(repr=False)
+    """Computes the soft tokens float32 [sum(lengths), D] under adapters; see `soft_tokens`."""
     labels: tuple[str, ...] = ()
     """What is written before each block: a video's times."""
     source: Any = field(default=None, repr=False)
     """What the soft tokens were made of, as its module describes it; None if it is not known."""
-    _held: list[np.ndarray] = field(default_factory=list, repr=False)
+    adapters: Selection = field(default=NO_ADAPTERS, repr=False)
+    """What its soft tokens are computed under."""
+    fixed: bool = False
+    """Whether it was given as soft tokens, which stay what they are under other adapters."""
+    _held: dict[Mix, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Prompts travel between processes with their soft tokens, not with the tower.
-        return {**self.__dict__, "encode": None, "_held": [np.asarray(self.soft_tokens)]}
+        held = {(): np.asarray(self.soft_tokens)}
+        without = {"encode": None, "adapters": NO_ADAPTERS, "fixed": True, "_held": held}
+        return self.__dict__ | without
+
+    def under(self, adapters: Selection) -> Content:
+        """The same content under other adapters; a fixed one is itself."""
+        return self if self.fixed else replace(self, adapters=adapters)
 
     @property
     def soft_tokens(self) -> np.ndarray:
         """float32 [n, D], read-only; computed when first asked for."""
-        if not self._held:
-            rows = self.encode()
+        mix = self.adapters.of_tower("audio" if self.kind == "audio" else "vision")
+        rows = self._held.get(mix)
+        if rows is None:
+            rows = self.encode(self.adapters)
             rows.setflags(write=False)
-            self._held.append(rows)
-        return self._held[0]
+            self._held[mix] = rows
+            for old in list(self._held)[:-_KEPT]:
+                self._held.pop(old, None)
+        return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +105,13 @@ class Medium:
     def positions(self) -> np.ndarray:
         """int64 [n]: the indices of its soft tokens among the prompt's ids."""
         return np.concatenate(self.blocks)
+
+    @property
+    def spans(self) -> Spans:
+        """Boxes, frames and seconds of each soft token; None what this medium has not."""
+        source = self.content.source
+        spans: Spans = Spans() if source is None else source.spans
+        return spans
 
     def __repr__(self) -> str:
         first, last = self.blocks[0][0], self.blocks[-1][-1]

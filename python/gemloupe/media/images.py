@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemloupe.errors import missing_extra, one_of, quoted
+from gemloupe.media.spans import Spans
 
 if TYPE_CHECKING:
     from PIL import Image as PilImage
@@ -62,6 +63,11 @@ class Image:
         y, x = np.divmod(np.arange(rows * columns), columns)
         wide, high = self.width / columns, self.height / rows
         return np.stack([x * wide, y * high, (x + 1) * wide, (y + 1) * high], axis=1)
+
+    @property
+    def spans(self) -> Spans:
+        """What each soft token stands for: its box."""
+        return Spans(boxes=self.boxes)
 
     def patches(self, side: int) -> np.ndarray:
         """float32 [n, side · side · 3] in [0, 1]: squares of `side` pixels, row by row; inside one

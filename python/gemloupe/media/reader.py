@@ -60,7 +60,7 @@ class Reader:
             got = f"soft tokens of {known.kind}" if known is not None else "an array"
             raise ValueError(f"{name} is {got}; expected {kind}, or what encode_{kind} returned")
         held = rows.copy()
-        return Content(kind, (len(rows),), lambda: held)
+        return Content(kind, (len(rows),), lambda _adapters: held, fixed=True)
 
 
 def _described(value: Any) -> str:

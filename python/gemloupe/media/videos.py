@@ -24,6 +24,7 @@ from gemloupe.media.images import (
     fitted,
     open_picture,
 )
+from gemloupe.media.spans import Spans
 
 FRAMES = 32
 """Frames that are read of a video."""
@@ -70,6 +71,8 @@ class Video:
     frames: tuple[Image, ...] = field(repr=False)
     times: tuple[float, ...]
     """Seconds from the start, one a frame."""
+    indices: tuple[int, ...]
+    """Which of the caller's frames these are."""
     total_frames: int
     """Of the caller's video."""
     fps: float
@@ -78,6 +81,18 @@ class Video:
     def labels(self) -> tuple[str, ...]:
         """What is written before each frame: minutes and seconds."""
         return tuple(f"{int(t // 60):02d}:{int(t % 60):02d}" for t in self.times)
+
+    @property
+    def spans(self) -> Spans:
+        """What each soft token stands for: its box in its frame, the frame and its time."""
+        counts = [frame.soft_tokens for frame in self.frames]
+        frames = np.repeat(np.asarray(self.indices, np.int64), counts)
+        seconds = np.repeat(np.asarray(self.times, np.float64), counts)
+        return Spans(
+            boxes=np.concatenate([frame.boxes for frame in self.frames]),
+            frames=np.stack([frames, frames], axis=1),
+            seconds=np.stack([seconds, seconds], axis=1),
+        )
 
 
 def read_video(value: Any, name: str, cell: int) -> Video:
@@ -95,7 +110,8 @@ def read_video(value: Any, name: str, cell: int) -> Video:
     if len(sizes) > 1:
         raise ValueError(f"{name} has frames of {len(sizes)} sizes; expected one size")
     images = [fitted(picture, name, cell, source.max_soft_tokens) for picture in pictures]
-    return Video(tuple(images), tuple(index / fps for index in indices), total, fps)
+    times = tuple(index / fps for index in indices)
+    return Video(tuple(images), times, tuple(indices), total, fps)
 
 
 def sampled(total: int, num_frames: int) -> list[int]:

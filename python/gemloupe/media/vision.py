@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe import _core
+from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.media.content import Content, SoftTokens
 from gemloupe.media.images import DEFAULT_BUDGET, Image, read_image
 from gemloupe.media.videos import VideoSource, read_video
@@ -39,7 +41,9 @@ class Vision:
     def read(self, value: Any, name: str, max_soft_tokens: int = DEFAULT_BUDGET) -> Content:
         """Reads an image (see `images.read_image`); it is encoded when needed."""
         image = read_image(value, name, self.config.cell, max_soft_tokens)
-        return Content("image", (image.soft_tokens,), lambda: self.encode(image), source=image)
+        return Content(
+            "image", (image.soft_tokens,), functools.partial(self.encode, image), source=image
+        )
 
     def read_video(self, value: Any, name: str, max_soft_tokens: int | None = None) -> Content:
         """Reads a video (see `videos.video`); its frames are encoded when they are needed."""
@@ -49,25 +53,35 @@ class Vision:
         video = read_video(source, name, self.config.cell)
         lengths = tuple(frame.soft_tokens for frame in video.frames)
 
-        def encode() -> np.ndarray:
-            return np.concatenate([self.encode(frame) for frame in video.frames])
+        def encode(adapters: Selection) -> np.ndarray:
+            return np.concatenate([self.encode(frame, adapters) for frame in video.frames])
 
         return Content("video", lengths, encode, video.labels, source=video)
 
     def encode(
-        self, image: Image, hooks: _core.Hooks | None = None, first_row: int = 0
+        self,
+        image: Image,
+        adapters: Selection = NO_ADAPTERS,
+        hooks: _core.Hooks | None = None,
+        first_row: int = 0,
     ) -> np.ndarray:
         """Returns the soft tokens float32 [n, D] of an image; `hooks` sees its patches' rows from
         `first_row` on.
         """
         side = self.config.patch_size if self.config.has_encoder else self.config.cell
         columns = image.pixels.shape[1] // side
-        return self.core.encode(image.patches(side), columns, hooks, first_row)
+        mix = adapters.of_tower("vision")
+        return self.core.encode(image.patches(side), columns, hooks, first_row, mix)
 
-    def encode_image(self, value: Any, max_soft_tokens: int) -> SoftTokens:
+    def encode_image(
+        self, value: Any, max_soft_tokens: int, adapters: Selection = NO_ADAPTERS
+    ) -> SoftTokens:
         """Reads and encodes one image."""
-        content = self.read(value, "image", max_soft_tokens)
-        return SoftTokens.of(content.soft_tokens, content)
+        return SoftTokens.of(self.read(value, "image", max_soft_tokens).under(adapters))
+
+    def encode_video(self, value: Any, adapters: Selection = NO_ADAPTERS) -> SoftTokens:
+        """Reads a video and encodes its frames."""
+        return SoftTokens.of(self.read_video(value, "video").under(adapters))
 
 
 def core_config(config: VisionConfig) -> _core.VisionConfig:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemloupe import _core, capturing, edits, hooks
+from gemloupe.adapters import deltas
+from gemloupe.adapters.selection import Selection
 from gemloupe.config import TextConfig
 from gemloupe.errors import close_matches, format_bytes, one_of, quoted
 from gemloupe.media.content import Medium
@@ -22,7 +24,7 @@ from gemloupe.prompt import Prompt
 from gemloupe.vision_config import VisionConfig
 
 if TYPE_CHECKING:
-    from gemloupe.model import Model
+    from gemloupe.media.tower_hooks import TowerModel
 
 PREFIX = "vision."
 _CELLS = ("vision.pooled", "vision.standardized", "vision.soft_tokens")
@@ -103,7 +105,10 @@ def split_edit(edit: Any, prefix: str = PREFIX) -> tuple[Any, list[tuple[str, An
 
 
 def _begins(name: Any, prefix: str) -> bool:
-    return isinstance(name, str) and name.startswith(prefix)
+    """Whether a name is of a tower's point, or of what an adapter adds in that tower."""
+    if not isinstance(name, str):
+        return False
+    return name.startswith(prefix) or (name.startswith(deltas.PREFIX) and f".{prefix}" in name)
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,16 @@ class VisionRequest:
 
 
 def parse(
-    model: Model,
+    model: TowerModel,
     capture: Mapping[str, Any],
     edit: Sequence[tuple[str, Any]],
     check_finite: bool,
+    adapters: Selection,
 ) -> VisionRequest:
-    """Returns the request; KeyError with close matches for a pattern that matches nothing."""
+    """Returns the request of a row that runs under `adapters`.
+
+    KeyError with close matches for a pattern that matches nothing.
+    """
     if not capture and not edit:
         return VisionRequest((), (), check_finite)
     vision = model.vision
@@ -138,6 +147,12 @@ def parse(
         at = how if isinstance(how, capturing.At) else capturing.At(how)
         if at.reduce is not None:
             raise ValueError(f"{quoted(pattern)}: reduce= is not for points of the vision tower")
+        if pattern.startswith(deltas.PREFIX):
+            wanted += [
+                capturing.Wanted(name, points[delta.point], False, at, delta)
+                for name, delta in deltas.match(pattern, adapters, "vision").items()
+            ]
+            continue
         for name in _match(plain, points):
             key = hooks.before(name) if is_before else name
             wanted.append(capturing.Wanted(key, points[name], is_before, at))
@@ -207,6 +222,10 @@ def encode(
     for wanted in request.wanted:
         where = resolve(wanted.at.positions, spans[wanted.point.name]).core()
         point = wanted.point
+        if one := wanted.delta:
+            number = core.add_delta_capture(one.adapter, one.module, one.layer, where, "")
+            numbers.append(number)
+            continue
         numbers.append(core.add_capture(point.index, point.layer, where, wanted.before, "", 0))
     for point, edit in request.edits:
         site = edits.Site(point, config, spans[point.name], row)
@@ -217,13 +236,13 @@ def encode(
     for medium, images in pictures.items():
         tokens = []
         for image in images:
-            tokens.append(vision.encode(image, core, first))
+            tokens.append(vision.encode(image, medium.content.adapters, core, first))
             first += image.soft_tokens * cell
         seen.soft_tokens[medium] = np.concatenate(tokens)
     for wanted, number in zip(request.wanted, numbers, strict=True):
         values, at, parts = core.take(number)
         seen.positions[wanted.key] = at
-        seen.arrays[wanted.key] = _shaped(values, parts, wanted.point)
+        seen.arrays[wanted.key] = _shaped(values, parts, _shape_of(wanted))
     return seen
 
 
@@ -244,13 +263,20 @@ def _span(count: int) -> Span:
     return Span(rows, 0)
 
 
+def _shape_of(wanted: capturing.Wanted) -> tuple[int, ...]:
+    """Of one row; (-1,) where it changes with every image."""
+    if wanted.delta:
+        return (wanted.delta.width,)
+    assert wanted.point.row_shape is not None
+    return wanted.point.row_shape
+
+
 def _shaped(
-    values: np.ndarray, parts: Sequence[tuple[int, int, int]], point: hooks.HookPoint
+    values: np.ndarray, parts: Sequence[tuple[int, int, int]], row_shape: tuple[int, ...]
 ) -> Any:
     """One array of all images' rows; of scores and patterns a list with one array an image."""
-    assert point.row_shape is not None
-    if point.row_shape != (-1,):
-        return values.reshape((len(values), *point.row_shape))
+    if row_shape != (-1,):
+        return values.reshape((len(values), *row_shape))
     flat, arrays, begin = values.ravel(), [], 0
     for heads, rows, cols in parts:
         arrays.append(flat[begin : begin + heads * rows * cols].reshape(heads, rows, cols))
@@ -260,14 +286,14 @@ def _shaped(
 
 def _check_memory(request: VisionRequest, patches: Sequence[int], config: VisionConfig) -> None:
     total = 0
-    for wanted in request.wanted:
-        assert wanted.point.row_shape is not None
-        if wanted.point.row_shape == (-1,):
+    shapes = [_shape_of(wanted) for wanted in request.wanted]
+    for shape in shapes:
+        if shape == (-1,):
             total += 4 * config.num_attention_heads * sum(n * n for n in patches)
         else:
-            total += 4 * int(np.prod(wanted.point.row_shape)) * sum(patches)
+            total += 4 * int(np.prod(shape)) * sum(patches)
     # Scores and pattern of the largest image, while they are shown.
-    if any(wanted.point.row_shape == (-1,) for wanted in request.wanted):
+    if (-1,) in shapes:
         total += 8 * config.num_attention_heads * max(patches) ** 2
     available = _core.available_memory()
     if total > available:

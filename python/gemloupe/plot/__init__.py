@@ -10,10 +10,12 @@ from gemloupe.plot.induction import induction
 from gemloupe.plot.lens import lens
 from gemloupe.plot.patching import patching
 from gemloupe.plot.routing import coactivation, routing, routing_drift, token_classes
+from gemloupe.plot.sounds import audio_attention
 
 __all__ = [
     "attention",
     "attribution",
+    "audio_attention",
     "boxes",
     "cache",
     "coactivation",

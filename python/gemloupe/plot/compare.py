@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe.comparison.walk import DIVERGES
+from gemloupe.comparison.walk import DIVERGES, TOWERS
 from gemloupe.plot import style
 
 if TYPE_CHECKING:
@@ -20,14 +20,16 @@ def errors(report: Report, ax: Any = None) -> Any:
     """Draws log10 of each point's relative error, points across and layers down; returns the Axes.
 
     Crosses mark the points that diverge, a ring the first of them. What lies before and after the
-    layers has rows of its own. ImportError where matplotlib is missing.
+    layers has rows of its own; points of towers are left out. ImportError where matplotlib is
+    missing.
     """
-    layers = sorted({p.layer for p in report.points if p.layer >= 0})
-    columns = list(dict.fromkeys(p.point for p in report.points))
+    points = [p for p in report.points if not p.name.startswith(TOWERS)] or report.points
+    layers = sorted({p.layer for p in points if p.layer >= 0})
+    columns = list(dict.fromkeys(p.point for p in points))
     rows = ["input", *(str(layer) for layer in layers), "output"]
     values = np.full((len(rows), len(columns)), np.nan)
     crosses, first = [], None
-    for point in report.points:
+    for point in points:
         if point.layer >= 0:
             row = 1 + layers.index(point.layer)
         else:

@@ -11,7 +11,8 @@ from gemloupe.errors import quoted
 from gemloupe.media.boxes import Box, parse_boxes
 from gemloupe.media.images import Image, open_picture
 from gemloupe.media.videos import Video
-from gemloupe.plot.style import COLOURS, INK, colour_bar, new_axes, token_labels
+from gemloupe.plot.media_attention import look
+from gemloupe.plot.style import COLOURS, INK, colour_bar, new_axes
 
 if TYPE_CHECKING:
     from gemloupe.run import Run
@@ -22,16 +23,11 @@ def image_attention(
 ) -> Any:
     """Paints what one head of one token attends to over a picture, and returns the axes.
 
-    `run` captured f"layers.{layer}.attn.pattern" [N, T, S]. `token`: the row of the prompt that
-    looks (-1 is its last token). `image`: which picture of the prompt, frames of videos counted.
+    `run` captured f"layers.{layer}.attn.pattern" [N, T, S]. `token`: index among the prompt's ids
+    of the one that looks (-1 is the last). `image`: which picture, frames of videos counted.
     KeyError where the pattern was not captured; ValueError for a head, a token or a picture that
     there is not, and for soft tokens whose picture is not known.
     """
-    pattern = run[f"layers.{layer}.attn.pattern"]
-    if not -len(pattern) <= head < len(pattern):
-        raise ValueError(f"head is {quoted(head)}; expected 0 to {len(pattern) - 1}")
-    if not -pattern.shape[1] <= token < pattern.shape[1]:
-        raise ValueError(f"token is {quoted(token)}; expected 0 to {pattern.shape[1] - 1}")
     pictures = _pictures(run)
     if not -len(pictures) <= image < len(pictures):
         raise ValueError(f"image is {quoted(image)}, but the prompt has {len(pictures)} pictures")
@@ -41,7 +37,8 @@ def image_attention(
             f"image {image} was given as soft tokens of an unknown picture; pass the picture, or "
             "what model.encode_image returned"
         )
-    weights = np.asarray(pattern[head, token, positions + int(run.positions[0])])
+    seen = look(run, layer, head, token)
+    weights = seen.weights[positions]
     ax = new_axes(ax, _size(picture.width, picture.height))
     extent = (0, picture.width, picture.height, 0)
     ax.imshow(_gray(picture.pixels), extent=extent, cmap="gray", vmin=0, vmax=255)
@@ -52,10 +49,7 @@ def image_attention(
         grid, extent=extent, cmap="plasma", vmin=0, vmax=most, alpha=0.05 + 0.85 * grid / most
     )
     _bare(ax)
-    reader = token_labels([run.prompt.tokens[token]])[0]
-    place = f"layer {layer}, head {head % len(pattern)}"
-    title = f"{place}: \u201c{reader}\u201d gives this picture {weights.sum():.0%}"
-    ax.set_title(title, color=INK, fontsize=9)
+    ax.set_title(f"{seen.title} gives this picture {weights.sum():.0%}", color=INK, fontsize=9)
     colour_bar(shown, ax, "attention")
     return ax
 

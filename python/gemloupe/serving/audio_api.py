@@ -43,6 +43,8 @@ def routes(service: Service) -> APIRouter:
         form = fields.choice("response_format", ("json", "text", "verbose_json"), "json")
         if fields.get("temperature", str, default="0") not in ("0", "0.0"):
             raise ApiError(400, "transcriptions are greedy; leave temperature out")
+        if fields.get("stream", str, default="false").lower() not in ("false", "0"):
+            raise ApiError(400, "transcriptions come whole; leave stream out", param="stream")
         warnings = [*found.warnings, *fields.finish()]
         if language is not None:
             language = _LANGUAGES.get(language.lower(), language)

@@ -31,6 +31,8 @@ class Options:
     """Arguments of `gl.load`."""
     adapters: Mapping[str, float] = field(default_factory=dict)
     """Adapters of the first model: path -> scale. Requests name those that they run under."""
+    mmproj: str | None = "auto"
+    """The towers of the first model, where it is a GGUF file; see `gl.load`."""
     drafter: str | None = None
     """A checkpoint that guesses tokens of the first model."""
     limits: Limits = Limits()
@@ -58,6 +60,8 @@ def serve(source: str, options: Options) -> None:
         server_header=False,
         limit_concurrency=options.limits.max_queue + options.limits.max_rows + 256,
         timeout_graceful_shutdown=int(options.drain) + 1,
+        # The parser that bounds headers; "auto" takes httptools where that is installed.
+        http="h11",
         h11_max_incomplete_event_size=64 << 10,
         ws="none",
     )
@@ -75,7 +79,8 @@ def make_service(source: str, options: Options) -> Any:
     served: dict[str, Served] = {}
     for each in [source, *options.aliases.values()]:
         if each not in served:
-            model = load(each, **options.load)
+            mmproj = options.mmproj if each == source else "auto"
+            model = load(each, mmproj=mmproj, **options.load)
             for path, scale in options.adapters.items() if each == source else ():
                 model.load_adapter(path, scale=scale)
             model.tokenizer.raw_text_warned = True

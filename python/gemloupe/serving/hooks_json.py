@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from gemloupe import capturing, edits
 from gemloupe.config import TextConfig
 from gemloupe.errors import format_bytes, one_of, quoted
 from gemloupe.generation import Row
+from gemloupe.media.tower_hooks import PREFIXES
 from gemloupe.output import Output
 from gemloupe.positions import Span
 from gemloupe.serving.failure import ApiError
@@ -35,6 +36,7 @@ def read_capture(capture: Any) -> list[str]:
     names = [capture] if isinstance(capture, str) else capture
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ApiError(400, "capture must be a list of hook points' names", param="capture")
+    _refuse_towers(names, "capture")
     return names
 
 
@@ -47,10 +49,22 @@ def read_edit(given: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(given, dict):
         raise ApiError(400, "edit must be an object from hook points to edits", param="edit")
+    _refuse_towers(given, "edit")
     return {
         point: [_edit(one, point) for one in (entry if isinstance(entry, list) else [entry])]
         for point, entry in given.items()
     }
+
+
+def _refuse_towers(names: Iterable[str], param: str) -> None:
+    """Images are encoded where requests are read, outside the queue that bounds the work."""
+    for name in names:
+        if name.startswith(PREFIXES):
+            raise ApiError(
+                400,
+                f"{param}: {quoted(name)} is of a tower; a server looks into the text model",
+                param=param,
+            )
 
 
 def _edit(entry: Any, point: str) -> Any:

@@ -243,11 +243,11 @@ async def _chunks(
         if form.is_chat:
             delta = {"role": "assistant", "content": ""}
             yield event([{"index": index, "delta": delta, "finish_reason": None}])
-        elif asked.echo:
-            given = asked.inputs[index // asked.choices]
-            text = given if isinstance(given, str) else row.prompt.text
+        elif asked.echo and not asked.logprobs:
+            text = openai_format.echoed_text(index, row.prompt, asked)
             yield event([{"index": index, "text": text, "finish_reason": None}])
     calls = [0] * len(rows)
+    offsets: dict[int, int] = {}  # Of rows with a first token: where its text begins.
     outputs: dict[int, Output] = {}
     async for index, happened in service.events(request, job):
         if isinstance(happened, Ended):
@@ -263,10 +263,20 @@ async def _chunks(
             calls[index] += len(happened.tool_calls)
         else:
             logprobs = None
+            if asked.logprobs and index not in offsets:
+                offsets[index] = 0
+                if asked.echo:  # Its log-probabilities came with the first token.
+                    choice, offsets[index] = _echoed(index, rows[index], asked)
+                    yield event([choice])
             if asked.logprobs and happened.ids and not asked.discard:
                 logprobs = openai_format.completion_logprobs(
-                    happened.ids, happened.logprobs or [], asked.top_logprobs, tokenizer
+                    happened.ids,
+                    happened.logprobs or [],
+                    asked.top_logprobs,
+                    tokenizer,
+                    offsets[index],
                 )
+                offsets[index] += sum(map(len, logprobs["tokens"]))
             text = "" if asked.discard else happened.text
             choice = {
                 "index": index,
@@ -283,6 +293,16 @@ async def _chunks(
         counted = openai_format.usage(ended, asked.choices, asked.discard)
         yield _event({**head, "choices": [], "usage": counted})
     yield "data: [DONE]\n\n"
+
+
+def _echoed(index: int, row: Row, asked: GenerateRequest) -> tuple[dict[str, Any], int]:
+    """The choice of a chunk with the prompt and its log-probabilities, and its length."""
+    tokens = openai_format.echoed_tokens(index, row.prompt, row.prompt_logprobs, asked)
+    tokenizer = row.prompt.tokenizer
+    logprobs = openai_format.completion_logprobs(*tokens, asked.top_logprobs, tokenizer)
+    text = openai_format.echoed_text(index, row.prompt, asked)
+    choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+    return choice, sum(map(len, logprobs["tokens"]))
 
 
 def _event(body: dict[str, Any]) -> str:

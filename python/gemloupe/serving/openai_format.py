@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemloupe.output import Output, TokenLogprobs
+from gemloupe.prompt import Prompt
 from gemloupe.serving.chat_request import GenerateRequest
 from gemloupe.serving.hooks_json import hooks_json
 from gemloupe.stream import Piece
@@ -141,21 +142,36 @@ def _finite(logprob: float) -> float:
     return max(logprob, -9999.0)  # JSON has no infinity; OpenAI writes -9999.
 
 
+def echoed_text(index: int, prompt: Prompt, request: GenerateRequest) -> str:
+    """What stands before an answer: the prompt as it was given, where that was asked for."""
+    given = request.inputs[index // request.choices]
+    if not request.echo:
+        return ""
+    return given if isinstance(given, str) else prompt.text
+
+
+def echoed_tokens(
+    index: int,
+    prompt: Prompt,
+    logprobs: Sequence[TokenLogprobs | None] | None,
+    request: GenerateRequest,
+) -> tuple[list[int], list[TokenLogprobs | None]]:
+    """The tokens of `echoed_text`, without the BOS that a text got, and their entries."""
+    if not request.echo:
+        return [], []
+    ids, entries = prompt.ids.tolist(), list(logprobs or [])
+    skipped = 0
+    if isinstance(request.inputs[index // request.choices], str):
+        skipped = len(ids) - len(prompt.tokenizer.without_bos(ids))
+    return ids[skipped:], entries[skipped:]
+
+
 def completion_choice(index: int, output: Output, request: GenerateRequest) -> dict[str, Any]:
-    prompt = request.inputs[index // request.choices]
-    begun = ""
-    if request.echo:
-        begun = prompt if isinstance(prompt, str) else output.prompt.text
+    begun = echoed_text(index, output.prompt, request)
     text = "" if request.discard else output.text
     logprobs = None
     if request.logprobs:
-        ids: list[int] = []
-        entries: list[TokenLogprobs | None] = []
-        if request.echo:
-            ids, entries = output.prompt.ids.tolist(), list(output.prompt_logprobs or [])
-            if isinstance(prompt, str):
-                skipped = len(ids) - len(output.prompt.tokenizer.without_bos(ids))
-                ids, entries = ids[skipped:], entries[skipped:]
+        ids, entries = echoed_tokens(index, output.prompt, output.prompt_logprobs, request)
         if not request.discard:
             ids, entries = ids + output.ids.tolist(), entries + list(output.logprobs or [])
         logprobs = completion_logprobs(ids, entries, request.top_logprobs, output.prompt.tokenizer)

@@ -35,7 +35,10 @@ class Found:
 
 
 class Registry:
-    """Names are those that the server was started with, aliases, and each with `:adapter`."""
+    """Names are those that the server was started with, aliases, and each with `:adapter`.
+
+    An adapter's own name is one too, where one model alone has it.
+    """
 
     def __init__(self, models: Sequence[Served], aliases: Mapping[str, Served]) -> None:
         """The first model answers requests without a name; alone, it answers to any."""
@@ -74,6 +77,9 @@ class Registry:
                 param="model",
                 code="model_not_found",
             )
+        owners = [served for served in self.models if name in served.adapters]
+        if len(owners) == 1:  # As vLLM's clients name adapters.
+            return Found(owners[0], name)
         if len(self.models) == 1:
             return Found(default, None, (_warning(name, default),))
         raise ApiError(

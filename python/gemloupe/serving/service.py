@@ -121,7 +121,8 @@ class Service:
         arguments = dict(request.arguments)
         adapter = arguments.get("adapter", found.adapter)
         _check_adapter(found.served, adapter)
-        arguments["adapter"] = {} if adapter == _BASE_ADAPTER else adapter
+        adapter = {} if adapter == _BASE_ADAPTER else adapter
+        arguments["adapter"] = adapter
         has_tools = arguments.get("tool_choice") != "none"
         rows = []
         for index, given in enumerate(request.inputs):
@@ -131,6 +132,7 @@ class Service:
                 thinking=arguments.get("thinking", False),
                 tools=arguments.get("tools") if has_tools else None,
             )
+            prompt = prompt.under(model.adapters.media(model.adapters.selected(adapter)))
             for medium in prompt.media:
                 _ = medium.soft_tokens  # Computed here, not in the engine's thread.
             for choice in range(request.choices):
