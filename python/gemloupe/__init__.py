@@ -24,6 +24,7 @@ from gemloupe.capturing import at
 from gemloupe.comparison import compare, record_reference
 from gemloupe.conversion import convert
 from gemloupe.documents import Pack, pack
+from gemloupe.drafter import PromptLookup
 from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
@@ -66,6 +67,7 @@ __all__ = [
     "Perplexity",
     "Piece",
     "Prompt",
+    "PromptLookup",
     "RouterTrace",
     "Run",
     "Stream",

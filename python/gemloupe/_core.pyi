@@ -350,6 +350,7 @@ class RowRequest:
     mask: TokenMask | None
     drafter: Drafter | None
     draft_tokens: int
+    lookup_ngram: int
     cuts: list[int]
     adapters: Sequence[tuple[Adapter, float]]
     media: MediaInput | None

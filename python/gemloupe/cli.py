@@ -394,7 +394,9 @@ def _add_serve(commands: Any) -> None:
     _add_adapter_option(group, "load a LoRA adapter of PEFT, which requests may name")
     group.add_argument("--name", metavar="NAME", help="what clients call the model")
     group.add_argument(
-        "--drafter", metavar="CHECKPOINT", help="an assistant of MODEL, which guesses its tokens"
+        "--drafter",
+        metavar="CHECKPOINT",
+        help="an assistant of MODEL, which guesses its tokens, or prompt-lookup",
     )
     group.add_argument(
         "--alias",

@@ -20,7 +20,7 @@ from gemloupe import routing as _routing
 from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
-from gemloupe.drafter import DraftCounts, Drafter
+from gemloupe.drafter import DraftCounts, Drafter, PromptLookup
 from gemloupe.guide import AnswerForm, RequiredCall, RowGuide, ThoughtBudget, answer_ends
 from gemloupe.media import Reader, engine_input, media_parts, tower_hooks
 from gemloupe.output import Output, Timings, TokenLogprobs
@@ -100,7 +100,7 @@ class GenerationModel(Protocol):
     @property
     def adapters(self) -> Adapters: ...
 
-    def drafter(self, drafter: Any) -> Drafter:
+    def drafter(self, drafter: Any) -> Drafter | PromptLookup:
         """Returns what a call's `drafter` stands for."""
 
 
@@ -170,7 +170,8 @@ def generate(
     are one). Points of the towers ("vision.…", "audio.…") act once, when the prompt's media are
     encoded; after tool calls their captures are those of the first round, `out.rounds[0]`.
     `adapter` as in `model.run`; caches remember which adapters their entries come from.
-    `drafter`: what `model.load_drafter` gave, or the path or hub id of such a checkpoint. It
+    `drafter`: what `model.load_drafter` gave, the path or hub id of such a checkpoint, or
+    "prompt-lookup" (or a `gl.PromptLookup`), which repeats what followed the same tokens before. It
     guesses tokens, a pass of the model then checks them together: the same tokens come, sooner;
     `out.drafts` counts them. Rows with edits, captures of patterns, scores, keys, values or means,
     stop strings, grammars or thinking budgets, and batches of more than four rows, go without.
@@ -369,7 +370,7 @@ class Row:
     ) -> None:
         self.guide = guide
         self.softcap = softcap
-        self.drafter: Drafter | None = None
+        self.drafter: Drafter | PromptLookup | None = None
         self.towers: tower_hooks.TowerRequest | None = None
         # What the towers gave for this round's media.
         self.inside = tower_hooks.Inside()
@@ -637,8 +638,7 @@ class Generation:
         request.mask = row.guide.mask if row.guide else None
         # A stop string is found after a pass: guesses behind it would stay in the cache.
         if row.drafter is not None and not options.stop_strings:
-            request.drafter = row.drafter.core
-            request.draft_tokens = row.drafter.max_tokens
+            row.drafter.serve(request)
         request.hooks = row.hooks.core if row.hooks else None
         if row.adapters:
             request.adapters = row.adapters.core

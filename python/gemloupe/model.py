@@ -25,7 +25,7 @@ from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
-from gemloupe.drafter import Drafter
+from gemloupe.drafter import Drafter, PromptLookup
 from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
 from gemloupe.media import Content, Reader, SoftTokens
@@ -855,8 +855,14 @@ class Model:
         """
         return _drafter.load(self, source, dtype, max_tokens)
 
-    def drafter(self, drafter: Drafter | str | os.PathLike[str]) -> Drafter:
+    def drafter(
+        self, drafter: Drafter | PromptLookup | str | os.PathLike[str]
+    ) -> Drafter | PromptLookup:
         """What a call's `drafter` stands for; a path is loaded once."""
+        if isinstance(drafter, PromptLookup):
+            return drafter
+        if drafter == "prompt-lookup":
+            return PromptLookup()
         if isinstance(drafter, Drafter):
             drafter.check_target(self)
             return drafter
