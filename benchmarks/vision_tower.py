@@ -116,9 +116,10 @@ def gemloupe_encoder(path: Path, threads: int) -> Any:
     options.threads = threads
     model = _core.VisionModel(core_config(tower()), weights, options)
 
-    def encode(image: Image) -> np.ndarray:
+    def encode(image: Image, adapters: Any = ()) -> np.ndarray:
         side = tower().patch_size
-        return model.encode(image.patches(side), image.pixels.shape[1] // side)
+        columns = image.pixels.shape[1] // side
+        return model.encode(image.patches(side), columns, adapters=list(adapters))
 
     return encode
 

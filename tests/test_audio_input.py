@@ -134,6 +134,25 @@ def test_blocks_of_a_reader_make_up_the_clip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(blocks), read_clip(path).samples)
 
 
+def test_an_extension_that_is_wrong_does_not_matter(tmp_path: Path) -> None:
+    path = write(tmp_path / "tone.flac", tone(0.2, 16_000), 16_000)
+
+    renamed = path.rename(tmp_path / "tone.mp3")
+
+    np.testing.assert_array_equal(
+        read_clip(renamed).samples, read_clip(renamed.read_bytes()).samples
+    )
+
+
+def _of_unknown_codec() -> bytes:
+    """A WAV whose header names no format that there is."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(100, np.int16), 16_000, format="WAV")
+    data = bytearray(file.getvalue())
+    data[20:22] = (0x1234).to_bytes(2, "little")
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("source", "problem"),
     [
@@ -144,6 +163,8 @@ def test_blocks_of_a_reader_make_up_the_clip(tmp_path: Path) -> None:
         (np.zeros((2, 2, 2)), r"shape \[2, 2, 2\]; expected \[N\]"),
         (b"", "audio bytes are empty"),
         (b"not a sound at all", "libsndfile can't read this as audio"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 200, "libsndfile can't read this as audio"),
+        (_of_unknown_codec(), "libsndfile can't read this as audio"),
         ("data:audio/wav,plain", "no data URL in base64"),
         ("data:audio/wav;base64,!!!", "the data URL's base64 is damaged"),
     ],

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gemloupe as gl
+from adapter_files import write_adapter
 from tiny_models import save_tiny, save_tiny_tokenizer
 
 EXPLAINED = {"equal", "noise", "near tie"}
@@ -177,3 +178,18 @@ def test_records_hold_the_rows_of_media(pair: Callable, tmp_path: Path) -> None:
     rows = saved["layers.1.resid_post"][np.asarray(saved.input) == 1]
     run = model.run(SOUND, audio=_sound(), capture="layers.1.resid_post")
     np.testing.assert_array_equal(rows, run["layers.1.resid_post"])
+
+
+def test_an_adapter_of_a_tower_is_a_divergence_there(
+    tiny: Callable, pair: Callable, tmp_path: Path
+) -> None:
+    _, model = pair("e2b")
+    ends = ("vision_tower.encoder.layers.0.self_attn.o_proj.linear",)
+    model.load_adapter(write_adapter(tmp_path / "a", model.checkpoint.folder, end=ends))
+    prompt = model.prepare(IMAGE, images=_picture(), max_soft_tokens=70)
+    report = gl.compare(model, model, prompt, adapter="a", reference_adapter={})
+    found = report.first_divergence
+    assert found is not None and found.name == "vision.layers.0.attn.out"
+    same = gl.compare(model, model, prompt, adapter="a", reference_adapter="a")
+    assert same.first_divergence is None and {p.verdict for p in same.points} == {"equal"}
+    model.delete_adapter("a")

@@ -380,6 +380,21 @@ def test_every_adapter_reads_the_documents_itself(tmp_path: Path, kept: Path) ->
     assert list(kept.iterdir()) == before
 
 
+def test_overridden_weights_read_the_documents_themselves(model: gl.Model, kept: Path) -> None:
+    _write({"a.txt": "27 + 45 is 72"})
+    pack = gl.pack("a.txt", model=model)
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4, "logprobs": 1}
+    plain = pack.generate(QUESTION, **options)
+    before = list(kept.iterdir())
+    name = "layers.1.mlp.down_proj.weight"
+    with model.override({name: np.zeros_like(model.weights[name])}):
+        changed = pack.generate(QUESTION, **options)
+        whole = model.generate(pack.ask(QUESTION), **options)
+    assert changed.logprobs == whole.logprobs != plain.logprobs
+    assert list(kept.iterdir()) == before
+    assert pack.generate(QUESTION, **options).logprobs == plain.logprobs
+
+
 # PDFs.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from PIL import Image as PilImage
 
 import gemloupe as gl
+from gemloupe.media import videos
 from gemloupe.media.images import read_image
-from gemloupe.media.videos import read_video, sampled
+from gemloupe.media.videos import VideoSource, read_video, sampled
 from tiny_models import save_tiny_tokenizer
 
 matplotlib.use("Agg")
@@ -69,9 +71,41 @@ def test_a_file_gives_the_frames_and_times_that_it_holds(tmp_path: Path, kind: s
             assert np.array_equal(frame.pixels, pixels)
 
 
+def _without_frames(codec: str) -> bytes:
+    """A file with sound alone, or with a stream of pictures that has none."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        if codec == "ffv1":
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "bgr0"
+            container.start_encoding()
+        else:
+            stream = container.add_stream(codec, rate=16_000, layout="mono")
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), "s16", "mono")
+            sound.sample_rate = 16_000
+            container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _png() -> bytes:
+    buffer = io.BytesIO()
+    PilImage.new("RGB", (48, 32)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
+        (b"", "is no video that is read"),
+        (_png(), "is no video that is read"),
+        (_without_frames("pcm_s16le"), "has no pictures, only sound; expected a video"),
+        (_without_frames("ffv1"), "is no video that is read|has no frames"),
+        (_file(8).replace(b"V_FFV1", b"V_ZZZZ"), "with a codec that is not known here"),
+        (
+            _file(8, codec="mpeg4", kind="avi").replace(b"FMP4", b"ZZZZ"),
+            "with a codec that is not known here",
+        ),
         ([], "has no frames; expected at least one"),
         (np.zeros((0, 8, 8, 3), np.uint8), "has no frames"),
         (b"no video", "is no video that is read"),
@@ -85,11 +119,24 @@ def test_a_file_gives_the_frames_and_times_that_it_holds(tmp_path: Path, kind: s
         (gl.video(_frames(2), fps=0.0), "fps is 0.0|expected"),
         (gl.video(_frames(2), max_soft_tokens=71), "max_soft_tokens is 71; expected one of"),
         (3, "is a int; expected a path, bytes, a list of frames"),
+        (VideoSource(_file(8), most_pixels=12_000), "8 frames of 48 x 32 pixels, 12,288 in all"),
     ],
 )
 def test_wrong_videos_are_refused_in_words(value: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=rf"^videos\[0\].*({expected})"):
         read_video(value, "videos[0]", 48)
+
+
+def test_large_frames_are_refused_and_kept_ones_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = _file(40)
+    tracemalloc.start()
+    read_video(data, "videos[0]", 2)  # 70 cells of 2 x 2 pixels.
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
+    monkeypatch.setattr(videos, "MAX_FRAME_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"frames of 48 x 32 pixels; expected at most 1,000"):
+        read_video(data, "videos[0]", 48)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_logits_are_read_in_blocks_that_change_nothing(
     from gemloupe import scoring
 
     _, model, _ = pair
-    whole = gl.perplexity(model, TEXT)
+    whole = gl.kl(model, model, TEXT).model
     held = []
     run = model.run
 
@@ -122,8 +122,12 @@ def test_logits_are_read_in_blocks_that_change_nothing(
 
     monkeypatch.setattr(model, "run", watched)
     monkeypatch.setattr(scoring, "_LOGITS_BYTES", 5 * 4 * model.config.text.vocab_size)
-    np.testing.assert_allclose(gl.perplexity(model, TEXT).logprobs, whole.logprobs, atol=1e-5)
+    cut = gl.kl(model, model, TEXT).model
+    np.testing.assert_allclose(cut.logprobs, whole.logprobs, atol=1e-5)
     assert max(held) == 5
+    held.clear()
+    np.testing.assert_allclose(gl.perplexity(model, TEXT).logprobs, whole.logprobs, atol=1e-5)
+    assert max(held) == 0
 
 
 def test_ids_and_first_tokens_can_be_given(pair: Any) -> None:

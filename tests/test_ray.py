@@ -18,6 +18,7 @@ import pytest
 
 import gemloupe as gl
 from gemloupe.integrations.ray import Generator
+from serving import endless, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 GREEDY = {"temperature": 0, "max_new_tokens": 12}
@@ -78,6 +79,15 @@ def test_a_row_that_fails_raises_or_is_recorded() -> None:
         Generator("demo:edge", load=load, **GREEDY)({"text": rows["prompt"]})
 
 
+def test_a_generator_that_is_dropped_ends_its_engine() -> None:
+    generator = Generator("demo:edge", load={"threads": 1}, **GREEDY)
+    generator({"prompt": _object_column([[2, 5]])})
+    scheduler = generator._scheduler
+    assert scheduler.alive
+    del generator
+    assert not scheduler.alive
+
+
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from gemloupe.integrations.ray import deployment
 
@@ -109,19 +119,22 @@ def test_a_worker_is_killed_and_nothing_is_lost_or_doubled(
 ) -> None:
     import ray.data
 
+    notes = tmp_path / "notes"
+    notes.mkdir()
+
     class Slow(Generator):
         """Notes which worker begins which rows, and takes its time."""
 
         def __call__(self, batch: Any) -> Any:
-            note = tmp_path / f"{os.getpid()}-{batch['id'][0]}"
+            note = notes / f"{os.getpid()}-{batch['id'][0]}"
             note.touch()
             time.sleep(0.3)
             return super().__call__(batch)
 
     def kill_one() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while time.monotonic() < end:
-            pids = [path.name.split("-")[0] for path in tmp_path.iterdir()]
+            pids = [path.name.split("-")[0] for path in notes.iterdir()]
             # Both work, and this one has begun a second batch.
             if len({*pids}) == 2 and (twice := [pid for pid in pids if pids.count(pid) == 2]):
                 os.kill(int(twice[0]), signal.SIGKILL)
@@ -132,7 +145,8 @@ def test_a_worker_is_killed_and_nothing_is_lost_or_doubled(
     killed: list[str] = []
     rows = _prompts(24)
     threading.Thread(target=kill_one, daemon=True).start()
-    arguments = {"load": {"dtype": "auto"}, "chat": True, "capture": POINT, **GREEDY}
+    capture = {POINT: gl.at(), "layers.5.resid_post": gl.at(-1)}
+    arguments = {"load": {"dtype": "auto"}, "chat": True, "capture": capture, **GREEDY}
     found = (
         ray.data.from_items(rows, override_num_blocks=12)
         .map_batches(
@@ -148,12 +162,13 @@ def test_a_worker_is_killed_and_nothing_is_lost_or_doubled(
     assert killed
     assert sorted(row["id"] for row in found) == [row["id"] for row in rows]
     for row in found:
-        expected = model.chat(row["prompt"], capture=POINT, **GREEDY)
+        expected = model.chat(row["prompt"], capture=capture, **GREEDY)
         assert row["text"] == expected.text
-        np.testing.assert_array_equal(row[POINT], expected.captured[POINT])
+        for name in capture:
+            np.testing.assert_array_equal(row[name], expected.captured[name])
     # What the killed worker had begun last was begun again by another.
     begun: dict[str, set[str]] = {}
-    for path in tmp_path.iterdir():
+    for path in notes.iterdir():
         pid, first = path.name.split("-")
         begun.setdefault(first, set()).add(pid)
     assert len(begun) == 12 and any(len(pids) > 1 and killed[0] in pids for pids in begun.values())
@@ -186,5 +201,15 @@ def test_serve_answers_and_streams_as_the_model_does(cluster: Any, model: gl.Mod
                     pieces.append(delta.get("content", ""))
         assert "".join(pieces) == expected and len(pieces) > 5
         assert httpx.post(url, json={"messages": 3}, timeout=30).status_code == 400
+        # A client that goes away ends its row.
+        long = endless(model.tokenizer, model.config.text.vocab_size)
+        long |= {"messages": messages, "max_tokens": 4000, "stream": True}
+        with httpx.stream("POST", url, json=long, timeout=30) as response:
+            lines = response.iter_lines()
+            while '"a"' not in next(lines):
+                pass
+        metrics = f"http://127.0.0.1:{port}/metrics"
+        ended = 'gemloupe_rows_cancelled_total{model="demo:edge"} 1\n'
+        wait_until(lambda: ended in httpx.get(metrics, timeout=30).text)
     finally:
         serve.shutdown()

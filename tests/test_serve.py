@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import httpx
 import numpy as np
 import ollama
@@ -27,6 +28,7 @@ import gemloupe as gl
 from adapter_files import write_adapter
 from gemloupe import _core
 from gemloupe.serving.command import Options
+from gemloupe.serving.limits import Access
 from serving import Server, endless, running, wait_until
 from tiny_drafters import make_drafter, save_drafter
 from tiny_models import make_tiny, save_tiny, save_tiny_tokenizer
@@ -556,21 +558,17 @@ def test_ctrl_c_lets_running_requests_end() -> None:
         process.communicate()
 
 
-def test_listening_to_others_without_a_key_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listening_to_others_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     from gemloupe.serving import command
 
     monkeypatch.setattr(command, "_uvicorn", lambda: (dict, lambda config: pytest.fail("ran")))
     monkeypatch.setattr(command, "make_service", lambda *_: (_ for _ in ()).throw(KeyError("stop")))
-    for host, warned in (("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)):
-        with pytest.raises(KeyError, match="stop"), _warnings() as caught:
-            command.serve("demo:edge", Options(host=host))
-        assert bool(caught) == warned, host
-
-
-def _warnings() -> Any:
-    import warnings
-
-    return warnings.catch_warnings(record=True)
+    for host, others in (("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)):
+        for access in (Access(), Access(api_key="x"), Access(anybody=True)):
+            refused = others and access == Access()
+            error = pytest.raises(ValueError, match="without a key") if refused else None
+            with error or pytest.raises(KeyError, match="stop"):
+                command.serve("demo:edge", Options(host=host, access=access))
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -590,8 +588,21 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
+def _video(picture: np.ndarray) -> str:
+    """Two frames in base64."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("ffv1", rate=1)
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "bgr0"
+        for frame in (picture, picture[::-1]):
+            made = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(made))
+        container.mux(stream.encode())
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 @pytest.mark.parametrize("adapter", [None, "towers"])
-def test_images_and_sounds_are_read_from_the_request(
+def test_images_sounds_and_videos_are_read_from_the_request(
     seeing: Server, tmp_path: Path, adapter: str | None
 ) -> None:
     if adapter:  # They are encoded under it, too.
@@ -616,6 +627,13 @@ def test_images_and_sounds_are_read_from_the_request(
         (
             {"type": "input_audio", "input_audio": {"data": sound, "format": "wav"}},
             {"type": "audio", "audio": wav.getvalue()},
+        ),
+        (
+            {
+                "type": "video_url",
+                "video_url": {"url": f"data:video/matroska;base64,{_video(picture)}"},
+            },
+            {"type": "video", "video": base64.b64decode(_video(picture))},
         ),
     ):
         client = openai.OpenAI(base_url=f"{seeing.url}/v1", api_key="x", max_retries=0)

@@ -219,6 +219,10 @@ def test_images_come_from_the_request_alone(
     body = {"messages": [{"role": "user", "content": [part]}]}
     answer = http.post("/v1/chat/completions", json=body)
     _refused(answer, 400, "This server reads no files and fetches no addresses")
+    part = {"type": "video_url", "video_url": {"url": url}, "path": "/etc/passwd"}
+    body = {"messages": [{"role": "user", "content": [part]}]}
+    answer = http.post("/v1/chat/completions", json=body)
+    _refused(answer, 400, "This server reads no files and fetches no addresses")
     for part in ({"type": "image", "path": "/etc/passwd"}, {"type": "file", "file": {}}):
         body = {"messages": [{"role": "user", "content": [part]}]}
         assert http.post("/v1/chat/completions", json=body).status_code == 400
@@ -231,6 +235,22 @@ def test_a_model_without_vision_says_so(http: httpx.Client) -> None:
     assert http.post("/v1/chat/completions", json=body).status_code == 400
     many = {"messages": [{"role": "user", "content": [part] * 17}]}
     _refused(http.post("/v1/chat/completions", json=many), 400, "17 images; expected at most 16")
+
+
+def test_videos_are_few_and_need_their_decoder(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "data:video/mp4;base64," + base64.b64encode(b"no video").decode()
+    part = {"type": "video_url", "video_url": {"url": url}}
+
+    def asked(count: int) -> httpx.Response:
+        body = {"messages": [{"role": "user", "content": [part] * count}]}
+        return http.post("/v1/chat/completions", json=body)
+
+    _refused(asked(3), 400, "3 videos; expected at most 2")
+    assert asked(1).status_code == 400  # This model reads none.
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    _refused(asked(1), 400, "this server reads no videos; it needs PyAV")
 
 
 def test_adapters_come_from_their_folder_alone(http: httpx.Client, folder: Path) -> None:

@@ -12,6 +12,7 @@ from gemloupe.activation_file import Activations, open_activations
 from gemloupe.activation_recorder import record
 from gemloupe.analysis import (
     attribution,
+    budget_sweep,
     directional,
     induction_scores,
     logit_lens,
@@ -76,6 +77,7 @@ __all__ = [
     "at",
     "attribution",
     "before",
+    "budget_sweep",
     "compare",
     "convert",
     "directional",

@@ -34,17 +34,20 @@ def generate_all(
     *,
     max_rows: int = MAX_ROWS,
     kv_bytes: int | None = None,
+    scheduler: Scheduler | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Generator[tuple[Key, list[Output] | Exception], None, None]:
     """Gives (key, outputs of its rows) in the order in which jobs end, or why one failed.
 
     `jobs` are (key, function that makes the job's rows with `make_rows`); they are asked for
     while others run, a few ahead. `max_rows` decode at once; `kv_bytes` bounds their keys and
-    values (half of the free memory where None). `advance(n)` is called after each n new tokens.
+    values (half of the free memory where None). A `scheduler` (of `new_scheduler`) that is given is
+    used instead and stays open. `advance(n)` is called after each n new tokens.
     Closing the iterator, or an exception in the caller, cancels what runs.
     """
-    limits = Limits(max_rows=max_rows, max_queue=1 << 30, kv_bytes=kv_bytes)
-    scheduler = Scheduler(model, limits)
+    own = scheduler is None
+    if scheduler is None:
+        scheduler = new_scheduler(model, max_rows, kv_bytes)
     events: queue.Queue[tuple[_Job[Key], int, Event]] = queue.Queue()
     running: set[_Job[Key]] = set()
     source = iter(jobs)
@@ -89,7 +92,13 @@ def generate_all(
     finally:
         for job in running:
             scheduler.cancel(job.tickets)
-        scheduler.close()
+        if own:
+            scheduler.close()
+
+
+def new_scheduler(model: Any, max_rows: int = MAX_ROWS, kv_bytes: int | None = None) -> Scheduler:
+    """A scheduler for `generate_all`; its owner closes it."""
+    return Scheduler(model, Limits(max_rows=max_rows, max_queue=1 << 30, kv_bytes=kv_bytes))
 
 
 def _begin(

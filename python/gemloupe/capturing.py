@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,7 @@ class Request:
 
 
 _TRACE = "trace/"  # Begins the keys of what a router trace is made from.
+_EXPERTS = ".router.experts"
 
 
 def parse_capture(
@@ -190,6 +192,16 @@ def row_edits(edit: Any, rows: int | None) -> list[Any]:
     return list(edit)
 
 
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Which experts some tokens were given."""
+
+    positions: np.ndarray
+    """[T], absolute."""
+    experts: np.ndarray
+    """int32 [L, T, k], L of the layers that have experts; the weightiest first."""
+
+
 class BoundHooks:
     """A request bound to one row: the engine's hooks, and how to read them afterwards."""
 
@@ -226,6 +238,8 @@ class BoundHooks:
                     wanted.at.reduce or "", group,
                 )
             )  # fmt: skip
+        # Experts that `new_experts` has handed out, [L, T, k] each: `take` puts them back.
+        self._handed_out: list[np.ndarray] = []
         self.edited: list[tuple[hooks.HookPoint, Positions]] = []
         for point, edit in request.edits:
             site = edits.Site(point, config, span, row)
@@ -247,6 +261,27 @@ class BoundHooks:
             first = min([first, *begins])
         return first
 
+    @functools.cached_property
+    def _expert_captures(self) -> list[int]:
+        """Numbers of the captures that a router trace's experts come from, in order of layers."""
+        keys = [wanted.key for wanted in self.request.wanted]
+        pairs = zip(keys, self._numbers, strict=True)
+        return [n for key, n in pairs if key.startswith(_TRACE) and key.endswith(_EXPERTS)]
+
+    def new_experts(self) -> RoutedTokens | None:
+        """The experts of the tokens read since the last call; None where there are none.
+
+        Call it between two passes. `take` gives them all the same.
+        """
+        taken = [self.core.take(number) for number in self._expert_captures]
+        if not taken or not taken[0][0].size:
+            return None
+        # Copies: what was taken has room for all rows to come.
+        experts = np.stack([values for values, _, _ in taken])
+        self._handed_out.append(experts)
+        positions = taken[0][1][-experts.shape[1] :]
+        return RoutedTokens(positions, experts.astype(np.int32))
+
     def take(
         self, ids: np.ndarray, tokens: Callable[[], list[str]], *, joined: bool
     ) -> tuple[Captured, RouterTrace | None]:
@@ -258,8 +293,14 @@ class BoundHooks:
         """
         arrays: dict[str, Any] = {}
         positions: dict[str, np.ndarray] = {}
+        expert_layers = iter(range(len(self._expert_captures)))
         for wanted, number in zip(self.request.wanted, self._numbers, strict=True):
             values, at_rows, parts = self.core.take(number)
+            if self._handed_out and number in self._expert_captures:
+                layer = next(expert_layers)
+                before = [experts[layer] for experts in self._handed_out]
+                values = np.concatenate([*before, values.reshape(-1, before[0].shape[-1])])
+                values.setflags(write=False)
             if _by_pass(wanted.point):
                 value = _by_passes(values.ravel(), parts, wanted.point, self._config, joined)
             else:

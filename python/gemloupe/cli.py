@@ -410,6 +410,9 @@ def _add_serve(commands: Any) -> None:
     group.add_argument("--port", type=int, default=11434, metavar="N", help="default: 11434")
     group.add_argument("--api-key", metavar="KEY", help="also from GEMLOUPE_API_KEY")
     group.add_argument(
+        "--no-api-key", action="store_true", help="let anybody who reaches --host use the model"
+    )
+    group.add_argument(
         "--allow-host", action="append", default=[], metavar="NAME", help="a name of this server"
     )
     group.add_argument(
@@ -422,6 +425,7 @@ def _add_serve(commands: Any) -> None:
     group.add_argument(
         "--adapter-dir", metavar="FOLDER", help="where clients may load adapters from"
     )
+    group.add_argument("--no-page", action="store_true", help="serve no web page at /")
     group = parser.add_argument_group("limits")
     for flag, default, text in (
         ("--max-rows", 8, "answers that are generated at once"),
@@ -544,8 +548,10 @@ def _run_serve(arguments: argparse.Namespace) -> None:
         hosts = (arguments.host, *hosts)
     access = Access(
         api_key=arguments.api_key or os.environ.get("GEMLOUPE_API_KEY") or None,
+        anybody=arguments.no_api_key,
         hosts=hosts,
         origins=tuple(arguments.allow_origin),
+        page=not arguments.no_page,
         adapter_folder=Path(arguments.adapter_dir) if arguments.adapter_dir else None,
     )
     serve(

@@ -371,6 +371,8 @@ class Row:
         self.guide = guide
         self.softcap = softcap
         self.drafter: Drafter | PromptLookup | None = None
+        self.streams_experts = False
+        """Whether its pieces say which experts read the tokens (`Piece.experts`)."""
         self.towers: tower_hooks.TowerRequest | None = None
         # What the towers gave for this round's media.
         self.inside = tower_hooks.Inside()
@@ -451,6 +453,9 @@ class Row:
             self.guide.push(result.token)
         return self._piece(part, (result.token,), logprobs)
 
+    def _new_experts(self) -> capturing.RoutedTokens | None:
+        return self.hooks.new_experts() if self.streams_experts and self.hooks else None
+
     @property
     def calls(self) -> list[dict[str, Any]]:
         """The calls of this round so far."""
@@ -500,6 +505,7 @@ class Row:
             tool_calls=list(part.tool_calls),
             tool_errors=list(part.tool_errors),
             logprobs=logprobs,
+            experts=self._new_experts(),
             finish_reason=self.finish_reason or None,
         )
 

@@ -8,7 +8,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from gemloupe.media.audio_tower import (
     read_audio,
 )
 from gemloupe.media.images import DEFAULT_BUDGET
+from gemloupe.media.listening import ListeningStream
 from gemloupe.media.vision import Vision
 from gemloupe.output import Output
 from gemloupe.prefix_cache import PrefixCache
@@ -836,8 +837,33 @@ class Model:
             check_finite=check_finite,
         )
 
-    def audio_stream(self, sampling_rate: int | None = None, *, adapter: Any = None) -> AudioStream:
-        """Encodes sound while it comes, under `adapter` (as in `run`); see `AudioStream`."""
+    @overload
+    def audio_stream(
+        self, sampling_rate: int | None = None, *, adapter: Any = None
+    ) -> AudioStream: ...
+    @overload
+    def audio_stream(
+        self, sampling_rate: int | None = None, *, adapter: Any = None, prompt: Any, **options: Any
+    ) -> ListeningStream: ...
+    def audio_stream(
+        self,
+        sampling_rate: int | None = None,
+        *,
+        adapter: Any = None,
+        prompt: Any = None,
+        **options: Any,
+    ) -> AudioStream:
+        """Encodes sound while it comes, under `adapter` (as in `run`); see `AudioStream`.
+
+        With `prompt`, a text with one <|audio|> or a chat with one part {"type": "audio"}, the text
+        model reads along, and `stream.generate(…)` answers when the sound ends; see
+        `ListeningStream`. `options`: as in `prepare` (thinking, tools, images of the prompt, …).
+        """
+        if prompt is not None:
+            selected = self.adapters.selected(adapter)
+            return ListeningStream(self, prompt, sampling_rate, selected, **options)
+        if options:
+            raise ValueError(f"{one_of(list(options))} belongs to a prompt; pass prompt=, too")
         mix = self._of_media(adapter).of_tower("audio")
         return AudioStream(self.audio_tower, sampling_rate, mix)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemloupe import _core
 from gemloupe.errors import one_of, quoted
 from gemloupe.progress import ProgressBar
 from gemloupe.scoring import log_softmax, logits_blocks, target_logprobs
@@ -235,7 +236,7 @@ def perplexity(
     `text`: a str (raw text, never a chat), or ids [N] without BOS. `window`: tokens of a window,
     BOS included, 2 to the model's context. `stride`: window // 2 where None; `rule`: see this
     module. `max_tokens` reads only the text's first tokens. `adapter` as in `model.run`.
-    Memory: the logits of 128 MiB, whatever the length. Shows a progress bar on a terminal.
+    Logits are never held (`model.run(…, targets=)`). Shows a progress bar on a terminal.
     ValueError where the text is too short to score a token, and for other arguments.
     """
     given = _Given.read(model, text, max_tokens)
@@ -244,9 +245,9 @@ def perplexity(
     began = time.perf_counter()
     with ProgressBar("perplexity", counted="tokens", total=plan.tokens_read) as bar:
         for each in plan.windows:
-            for at, logits in _blocks(model, each, adapter):
-                scored.append(target_logprobs(logits, each.targets[at : at + len(logits)]))
-                bar.count(each.read_before + at + len(logits))
+            for at, logprobs in _scores(model, each, adapter):
+                scored.append(logprobs)
+                bar.count(each.read_before + at + len(logprobs))
     seconds = time.perf_counter() - began
     return plan.result(np.concatenate(scored), given, seconds)
 
@@ -266,7 +267,7 @@ def kl(
 
     `reference`: another gemloupe model, of the same tokenizer, or what `gl.load` takes; it runs
     under no adapter where `adapter` is given, so that a model may be its own reference. Other
-    arguments as in `perplexity`.
+    arguments as in `perplexity`. Memory: the logits of 128 MiB of each model.
     """
     if not hasattr(reference, "run"):
         from gemloupe.model import load
@@ -432,6 +433,18 @@ def _check_same_tokens(
         )
 
 
+def _scores(model: Model, window: _Window, adapter: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, log p of the targets [n]) of the scored rows, without their logits."""
+    cache = model.new_cache(len(window.inputs))
+    arguments: dict[str, Any] = {"cache": cache, "routing": False, "adapter": adapter}
+    if window.begin:
+        model.run(window.inputs[: window.begin], logits=None, **arguments)
+    for at in range(window.begin, len(window.inputs), _core.DEFAULT_CHUNK):
+        cut = slice(at, at + _core.DEFAULT_CHUNK)
+        run = model.run(window.inputs[cut], targets=window.targets[cut], logits=None, **arguments)
+        yield at, run.logprobs.astype(np.float64)
+
+
 def _blocks(model: Model, window: _Window, adapter: Any) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, logits [n, V]) of the scored rows."""
     cache = model.new_cache(len(window.inputs))
@@ -473,8 +486,9 @@ def _number(value: float) -> float | None:
 
 def _what_was_read(result: Perplexity) -> list[tuple[str, str]]:
     step = f", stride {result.stride}" if result.stride else f" ({result.rule}'s rule)"
+    windows = "1 window" if result.windows == 1 else f"{result.windows} windows"
     return [
-        ("tokens", f"{result.tokens} scored in {result.windows} windows of {result.window}{step}"),
+        ("tokens", f"{result.tokens} scored in {windows} of {result.window}{step}"),
         ("speed", f"{result.tokens_per_second:.1f} tokens/s"),
     ]
 

@@ -134,6 +134,12 @@ def _resolve_row(
     )
 
 
+def default_sampling(generation_config: Mapping[str, Any], vocab_size: int) -> SamplingOptions:
+    """How tokens are chosen where the caller says nothing."""
+    unsaid = dict.fromkeys((*_DEFAULTS, "seed"))
+    return _sampling(unsaid, generation_config, vocab_size)
+
+
 def _sampling(
     chosen: Mapping[str, Any], generation_config: Mapping[str, Any], vocab_size: int
 ) -> SamplingOptions:

@@ -12,6 +12,7 @@ from gemloupe.output import Output, TokenLogprobs
 from gemloupe.tools import ToolResult
 
 if TYPE_CHECKING:
+    from gemloupe.capturing import RoutedTokens
     from gemloupe.generation import Generation
 
 
@@ -35,6 +36,8 @@ class Piece:
     """What the calls of a round gave, in a piece of its own; the row goes on after it."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each of `ids`, where the call asked for them."""
+    experts: RoutedTokens | None = None
+    """Of the tokens read since the last piece; in rows that were asked for it alone."""
     finish_reason: str | None = None
     """Set in the last piece of a row: "stop", "length", "tool_calls" or "cancelled"."""
 

@@ -154,6 +154,14 @@ def towers_of(checkpoint: Checkpoint) -> Towers:
         for part in parts
         for name in checkpoint.towers[part]
     }
+    return Towers(frozenset(parts), tower_modules(shapes), shapes)
+
+
+def tower_modules(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Module]:
+    """Every module of towers that adapters can change, by path, in model order.
+
+    `shapes`: those of the towers' tensors, by their names without "model.".
+    """
     numbers = {path: number for number, path in enumerate(_IN_TOWERS)}
     found = []
     for weight, shape in shapes.items():
@@ -169,4 +177,4 @@ def towers_of(checkpoint: Checkpoint) -> Towers:
         first = next(n for known, n in numbers.items() if known.startswith(section))
         found.append((first, index, numbers[general], module))
     ordered = [module for *_, module in sorted(found, key=lambda entry: entry[:3])]
-    return Towers(frozenset(parts), {module.path: module for module in ordered}, shapes)
+    return {module.path: module for module in ordered}

@@ -4,6 +4,7 @@ Each takes a model or a run, and returns a small object with arrays, `repr` and 
 """
 
 from gemloupe.analysis.attribution import Attribution, attribution
+from gemloupe.analysis.budget_sweep import BudgetSweep, budget_sweep
 from gemloupe.analysis.contributions import Contribution, contribution_points, contributions
 from gemloupe.analysis.directional import Directional, directional
 from gemloupe.analysis.induction import InductionScores, induction_scores
@@ -13,6 +14,7 @@ from gemloupe.analysis.steering import SteeringVector, steering_vector
 
 __all__ = [
     "Attribution",
+    "BudgetSweep",
     "Contribution",
     "Directional",
     "InductionScores",
@@ -20,6 +22,7 @@ __all__ = [
     "PatchingGrid",
     "SteeringVector",
     "attribution",
+    "budget_sweep",
     "contribution_points",
     "contributions",
     "directional",

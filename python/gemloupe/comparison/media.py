@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemloupe import hooks
+from gemloupe.adapters.selection import NO_ADAPTERS, Selection
 from gemloupe.errors import quoted
 from gemloupe.media import Content, Medium, blocks, tower_hooks
 from gemloupe.media.audio_tower import Sound, read_ears
@@ -137,10 +138,11 @@ def point_shape(point: hooks.HookPoint, source: Source) -> tuple[int, ...]:
 class GemloupeTowers:
     """A gemloupe model's own towers."""
 
-    def __init__(self, model: Model, side: str) -> None:
-        """`side`: "model" or "reference", for messages."""
+    def __init__(self, model: Model, side: str, adapters: Selection = NO_ADAPTERS) -> None:
+        """`side`: "model" or "reference", for messages. `adapters`: what the side runs under."""
         self._model = model
         self._side = side
+        self._adapters = model.adapters.media(adapters)
         self._held: dict[int, tuple[Content, np.ndarray]] = {}
 
     def values(
@@ -153,10 +155,12 @@ class GemloupeTowers:
         capture = tower_hooks.TowerCapture(
             wanted if tower == "vision" else {}, wanted if tower == "audio" else {}
         )
-        _, request = tower_hooks.parse(self._model, capture, None, False)
+        _, request = tower_hooks.parse(self._model, capture, None, False, self._adapters)
         kind = "image" if tower == "vision" else "audio"
         count = source.soft_tokens if isinstance(source, Image) else len(source.times)
-        content = Content(kind, (count,), lambda: self._encode(source), source=source)
+        content = Content(
+            kind, (count,), lambda _: self._encode(source), source=source, adapters=self._adapters
+        )
         alone = dataclasses.replace(prompt, media=(Medium(content, 0, (np.arange(count),)),))
         inside = tower_hooks.encode(self._model, alone, request, 0)
         arrays = {name: inside.arrays[name] for name in names}
@@ -180,7 +184,7 @@ class GemloupeTowers:
         for medium in prompt.media:
             tokens = self.soft_tokens(medium)
             content = medium.content
-            own = dataclasses.replace(content, _held=[tokens])
+            own = dataclasses.replace(content, adapters=NO_ADAPTERS, fixed=True, _held={(): tokens})
             media.append(Medium(own, medium.index, medium.blocks))
         return dataclasses.replace(prompt, media=tuple(media))
 
@@ -188,8 +192,8 @@ class GemloupeTowers:
         self._check(source)
         if isinstance(source, Image):
             assert self._model.vision is not None
-            return self._model.vision.encode(source)
-        return self._model.audio_tower.encode(source.clip).soft_tokens
+            return self._model.vision.encode(source, self._adapters)
+        return self._model.audio_tower.encode(source.clip, adapters=self._adapters).soft_tokens
 
     def _check(self, source: Source) -> None:
         if isinstance(source, Sound):

@@ -83,8 +83,8 @@ class GemloupeSide:
     def __init__(self, model: Model, adapter: Any = None, name: str = "model") -> None:
         """`name`: "model" or "reference", for messages."""
         self.model = model
-        self._towers = GemloupeTowers(model, name)
         self.selection = model.adapters.selected(adapter)
+        self._towers = GemloupeTowers(model, name, self.selection)
         self.tensors: Tensors = GemloupeTensors(model.weights)
         if self.selection:
             self.tensors = AdaptedTensors(model.weights, model.config.text, self.selection)

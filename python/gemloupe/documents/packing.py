@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemloupe import override
 from gemloupe.cache import BASE, KvCache
 from gemloupe.documents import kept_caches, pdf
 from gemloupe.documents.text_file import Unreadable, decoded, read_bytes
@@ -155,7 +156,7 @@ class Pack:
         self._head = head
         self._contents = {**_NO_IMAGES, "image": written.images}
         self._shelf = shelf
-        self._caches: dict[str, KvCache] = {}
+        self._caches: dict[tuple[str, ...], KvCache] = {}
 
     @functools.cached_property
     def spans(self) -> Mapping[str, slice]:
@@ -241,14 +242,14 @@ class Pack:
     def cache(self, adapter: Any = None) -> KvCache:
         """The KV cache of `ids`, filled now if it is not yet; `fork` it to append to it.
 
-        Those that an adapter computed, or weights that one was merged into, are not kept on disk.
+        Those that were computed under adapters, or with weights that are merged or overridden, are
+        kept in memory alone.
         """
-        selected = self.model.adapters.selected(adapter)
-        label = f"{selected.label} {self.model.adapters.merged}"
-        if label in self._caches:
-            return self._caches[label]
-        plain = selected.label == BASE and not self.model.adapters.merged
-        shelf = self._shelf if plain else None
+        adapters = self.model.adapters
+        changed = (adapters.selected(adapter).label, adapters.merged, override.label(self.model))
+        if changed in self._caches:
+            return self._caches[changed]
+        shelf = self._shelf if changed == (BASE, "", "") else None
         began = time.perf_counter()
         key = kept_caches.key(self.model, self.ids, self._contents["image"]) if shelf else ""
         cache = shelf.take(key, self.model, self.ids) if shelf else None
@@ -258,7 +259,7 @@ class Pack:
             if shelf:
                 shelf.put(key, cache)
         self.fill_seconds = time.perf_counter() - began
-        self._caches[label] = cache
+        self._caches[changed] = cache
         return cache
 
     def _read(self, adapter: Any) -> KvCache:

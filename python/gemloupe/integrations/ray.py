@@ -18,12 +18,13 @@ pages, so that a second worker costs caches and buffers, not weights.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemloupe.batching import MAX_ROWS, generate_all
+from gemloupe.batching import MAX_ROWS, generate_all, new_scheduler
 from gemloupe.errors import missing_extra, one_of, quoted
 from gemloupe.generation import Row, make_rows
 from gemloupe.model import load
@@ -75,6 +76,9 @@ class Generator:
         self.chat = chat
         self.errors = errors
         self.max_rows = max_rows
+        # One for all batches, which may begin alike.
+        self._scheduler = new_scheduler(self.model, max_rows)
+        weakref.finalize(self, self._scheduler.close, 1.0)
         self.arguments = {"routing": False, **arguments, "capture": capture}
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +92,9 @@ class Generator:
 
         jobs = ((index, lambda index=index: rows(index)) for index in range(len(inputs)))
         found: dict[int, Output | Exception] = {}
-        for index, outputs in generate_all(self.model, jobs, max_rows=self.max_rows):
+        for index, outputs in generate_all(
+            self.model, jobs, max_rows=self.max_rows, scheduler=self._scheduler
+        ):
             if isinstance(outputs, Exception):
                 if self.errors == "raise":
                     raise ValueError(f"{quoted(inputs[index])}: {outputs}") from outputs

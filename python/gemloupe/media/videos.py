@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 
 from gemloupe.errors import missing_extra, quoted
 from gemloupe.media.images import (
-    MAX_PIXELS,
     Image,
     check_budget,
     file_bytes,
@@ -33,6 +32,8 @@ FRAME_BUDGET = 70
 DEFAULT_FPS = 24.0
 """Frames a second where nothing tells, as transformers assumes."""
 _MAX_FRAMES = 1024
+MAX_FRAME_PIXELS = 1 << 25
+"""Of one frame of a file: 7680 x 4320. Decoders hold several frames."""
 # Containers that hold all of their content themselves; playlists name other files.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,flv,ogg,mpeg,mpegts,gif,asf,apng"
 
@@ -45,6 +46,8 @@ class VideoSource:
     fps: float | None = None
     num_frames: int = FRAMES
     max_soft_tokens: int = FRAME_BUDGET
+    most_pixels: int | None = None
+    """Of all frames of a file together: decoding takes time for each. None: no bound."""
 
 
 def video(
@@ -99,17 +102,20 @@ def read_video(value: Any, name: str, cell: int) -> Video:
     """Reads a video (see `video`); ValueError, beginning with `name`, for what is none."""
     source = value if isinstance(value, VideoSource) else VideoSource(value)
     _check(source, name)
+
+    def fit(picture: Any) -> Image:  # At once: whole frames would take gigabytes.
+        return fitted(picture, name, cell, source.max_soft_tokens)
+
     if isinstance(source.value, (str, os.PathLike, bytes, bytearray, memoryview)):
-        pictures, indices, total, fps = _decode(source, name)
+        images, indices, total, fps = _decode(source, name, fit)
     else:
         frames = _frames(source.value, name)
         total, fps = len(frames), float(source.fps or DEFAULT_FPS)
         indices = sampled(total, source.num_frames)
-        pictures = [open_picture(frames[i], f"{name}: frame {i}") for i in indices]
-    sizes = {picture.size for picture in pictures}
+        images = [fit(open_picture(frames[i], f"{name}: frame {i}")) for i in indices]
+    sizes = {(image.width, image.height) for image in images}
     if len(sizes) > 1:
         raise ValueError(f"{name} has frames of {len(sizes)} sizes; expected one size")
-    images = [fitted(picture, name, cell, source.max_soft_tokens) for picture in pictures]
     times = tuple(index / fps for index in indices)
     return Video(tuple(images), times, tuple(indices), total, fps)
 
@@ -149,8 +155,10 @@ def is_frame(value: Any) -> bool:
     return is_picture or is_gray or getattr(value, "ndim", 0) == 3
 
 
-def _decode(source: VideoSource, name: str) -> tuple[list[Any], list[int], int, float]:
-    """Returns the sampled frames as RGB pictures, their indices, how many there are, and fps."""
+def _decode(
+    source: VideoSource, name: str, fit: Callable[[Any], Image]
+) -> tuple[list[Image], list[int], int, float]:
+    """Returns the sampled frames, fitted, their indices, how many there are, and fps."""
     try:
         import av
     except ImportError:
@@ -163,19 +171,28 @@ def _decode(source: VideoSource, name: str) -> tuple[list[Any], list[int], int, 
                 raise ValueError(f"{name} has no pictures, only sound; expected a video")
             stream = container.streams.video[0]
             stream.thread_type = "NONE"  # Frame threads would hold many decoded frames.
-            if (stream.width or 0) * (stream.height or 0) > MAX_PIXELS:
+            if stream.codec_context is None:
                 raise ValueError(
-                    f"{name} has frames of {stream.width} x {stream.height} pixels; expected at "
-                    f"most {MAX_PIXELS:,} in all"
+                    f"{name} is encoded with a codec that is not known here; convert it to one "
+                    "such as H.264, VP9 or AV1"
                 )
+            _check_frame(stream, name)
             total = stream.frames or _count(container, stream)
+            pixels = total * (stream.width or 0) * (stream.height or 0)
+            if source.most_pixels is not None and pixels > source.most_pixels:
+                raise ValueError(
+                    f"{name} has {total} frames of {stream.width} x {stream.height} pixels, "
+                    f"{pixels:,} in all; expected at most {source.most_pixels:,}: make it shorter "
+                    "or smaller"
+                )
             fps = float(source.fps or stream.average_rate or DEFAULT_FPS)
             indices = sampled(total, source.num_frames)
             wanted = set(indices)
             pictures = []
             for index, frame in enumerate(container.decode(stream)):
+                _check_frame(frame, name)
                 if index in wanted:
-                    pictures.append(frame.to_image())
+                    pictures.append(fit(frame.to_image()))
                 if index >= indices[-1]:
                     break
     except ValueError as error:
@@ -190,6 +207,14 @@ def _decode(source: VideoSource, name: str) -> tuple[list[Any], list[int], int, 
             f"{len(indices)} that are read; the file is cut short"
         )
     return pictures, indices, total, fps
+
+
+def _check_frame(frame: Any, name: str) -> None:
+    if (frame.width or 0) * (frame.height or 0) > MAX_FRAME_PIXELS:
+        raise ValueError(
+            f"{name} has frames of {frame.width} x {frame.height} pixels; expected at most "
+            f"{MAX_FRAME_PIXELS:,} in all"
+        )
 
 
 def _count(container: Any, stream: Any) -> int:

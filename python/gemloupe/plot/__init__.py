@@ -2,6 +2,7 @@
 
 from gemloupe.plot.attention import attention
 from gemloupe.plot.attribution import attribution
+from gemloupe.plot.budgets import budgets
 from gemloupe.plot.cache import cache
 from gemloupe.plot.compare import errors as comparison
 from gemloupe.plot.compare import kl as comparison_kl
@@ -17,6 +18,7 @@ __all__ = [
     "attribution",
     "audio_attention",
     "boxes",
+    "budgets",
     "cache",
     "coactivation",
     "comparison",

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from gemloupe.serving import audio_api, ollama_api, openai_api
+from gemloupe.serving import audio_api, ollama_api, openai_api, web_page
 from gemloupe.serving.failure import ApiError
 from gemloupe.serving.guard import Guard
 from gemloupe.serving.service import Service
@@ -34,6 +34,7 @@ def make_app(service: Service, drain: float = 30.0) -> Any:
     app.include_router(openai_api.routes(service))
     app.include_router(audio_api.routes(service))
     app.include_router(ollama_api.routes(service))
+    app.include_router(web_page.routes(service.access.page))
 
     async def explain(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):

@@ -24,6 +24,7 @@ WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
      "parallel_tool_calls", "verbosity", "modalities"}
 )  # fmt: skip
+_ROUTING = ("experts", "full", "stream", False, True)
 _ON = {"enabled": True, "on": True, "true": True, "disabled": False, "off": False, "false": False}
 
 
@@ -43,6 +44,8 @@ class GenerateRequest:
     include_usage: bool = False
     logprobs: bool = False
     top_logprobs: int = 0
+    streams_routing: bool = False
+    """Experts come with the tokens, not at the end."""
     echo: bool = False
     discard: bool = False
     """Nothing new was asked for: the one token that a row must have is not shown."""
@@ -53,9 +56,7 @@ def read_chat(body: Mapping[str, Any], limits: Limits) -> GenerateRequest:
     """Reads a /v1/chat/completions body. ApiError 400 naming the field."""
     fields = Fields(_flat(body))
     arguments = _common(fields, limits, fields.integer("max_completion_tokens", 1, 2**31))
-    messages = read_messages(
-        fields.get("messages"), max_images=limits.max_images, max_sounds=limits.max_sounds
-    )
+    messages = read_messages(fields.get("messages"), limits)
     thinking, budget = _thinking(fields)
     arguments["thinking"] = thinking
     if budget is not None:
@@ -178,7 +179,7 @@ def _common(
         "min_p": fields.number("min_p", 0, 1),
         "repetition_penalty": fields.number("repetition_penalty", 1e-3, 1e3),
         "stop": _stop(fields),
-        "routing": fields.choice("routing", ("experts", "full", False, True), False),
+        "routing": fields.choice("routing", _ROUTING, False),
     }
     if arguments["top_p"] == 0:  # Some clients mean greedy by it.
         arguments["top_p"], arguments["temperature"] = None, 0.0
@@ -289,6 +290,15 @@ def _finish(
     stream = fields.get("stream", bool, default=False)
     options = Fields(fields.get("stream_options", dict, default={}), "stream_options.")
     include_usage = options.get("include_usage", bool, default=False)
+    streams_routing = arguments["routing"] == "stream"
+    if streams_routing:
+        if not stream:
+            raise ApiError(
+                400,
+                'routing is "stream" without stream; expected "experts" or "full"',
+                param="routing",
+            )
+        arguments["routing"] = "experts"
     request = GenerateRequest(
         model=fields.get("model", str, default=""),
         inputs=inputs,
@@ -299,6 +309,7 @@ def _finish(
         include_usage=include_usage,
         logprobs=logprobs,
         top_logprobs=top_logprobs,
+        streams_routing=streams_routing,
     )
     request.warnings = fields.finish(WITHOUT_EFFECT)
     return request

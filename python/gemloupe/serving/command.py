@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import logging
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +41,12 @@ class Options:
 
 
 def serve(source: str, options: Options) -> None:
-    """Serves until Ctrl-C. ImportError, naming the extra, without FastAPI or uvicorn."""
+    """Serves until Ctrl-C. ImportError, naming the extra, without FastAPI or uvicorn.
+
+    ValueError for an address that others reach, without a key.
+    """
     config_class, server_class = _uvicorn()
-    _warn_if_open(options)
+    _check_key(options)
     service = make_service(source, options)
     from gemloupe.serving.app import make_app
 
@@ -65,6 +67,8 @@ def serve(source: str, options: Options) -> None:
         h11_max_incomplete_event_size=64 << 10,
         ws="none",
     )
+    if options.access.page:
+        print(f"A chat for browsers: {_address(options)}", file=sys.stderr)
     server_class(config).run()
 
 
@@ -105,12 +109,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _warn_if_open(options: Options) -> None:
-    if not is_loopback(options.host) and options.access.api_key is None:
-        warnings.warn(
-            f"the server listens on {quoted(options.host)} without --api-key: whoever reaches this "
-            "machine can use the model; set a key, or bind to 127.0.0.1",
-            stacklevel=3,
+def _address(options: Options) -> str:
+    """Where a browser on this machine finds the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(options.host, options.host)
+    return f"http://[{host}]:{options.port}/" if ":" in host else f"http://{host}:{options.port}/"
+
+
+def _check_key(options: Options) -> None:
+    """ValueError where others reach the server and nothing says who may."""
+    access = options.access
+    if not is_loopback(options.host) and access.api_key is None and not access.anybody:
+        raise ValueError(
+            f"the server would listen on {quoted(options.host)} without a key, for whoever reaches "
+            "this machine; expected --api-key or GEMLOUPE_API_KEY, or --no-api-key to let anybody "
+            "use it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import json
 import logging
 import time
@@ -14,6 +15,7 @@ from gemloupe.errors import quoted
 from gemloupe.serving.failure import ApiError
 from gemloupe.serving.limits import Access
 from gemloupe.serving.metrics import Metrics
+from gemloupe.serving.web_page import is_page
 
 _log = logging.getLogger("gemloupe.serve")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -79,13 +81,15 @@ class Guard:
                 )
         origin = headers.get("origin")
         if origin is not None and origin not in self._access.origins:
-            if _host_of(origin) not in _LOCAL:
+            if _host_of(origin) not in _LOCAL and not self._is_own(origin, headers.get("host", "")):
                 raise ApiError(
                     403, f"pages of {quoted(origin)} may not call this server; see --allow-origin"
                 )
         key = self._access.api_key
         # A browser's question before a request has no key, and gets no more than an answer.
         if key is None or scope["path"] == "/health" or scope["method"] == "OPTIONS":
+            return
+        if self._access.page and is_page(scope["path"]) and scope["method"] in ("GET", "HEAD"):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode(), key.encode())
@@ -94,6 +98,20 @@ class Guard:
                 401, "the API key is missing or wrong (Authorization: Bearer KEY)",
                 code="invalid_api_key",
             )  # fmt: skip
+
+    def _is_own(self, origin: str, host: str) -> bool:
+        """Whether it is this server's own page, at an address that nobody can point elsewhere."""
+        if not host or origin.partition("://")[2] != host:
+            return False
+        name = _host_of(origin)
+        return name in self._access.hosts or _is_address(name)
+
+
+def _is_address(host: str | None) -> bool:
+    try:
+        return host is not None and bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def _host_of(address: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gemloupe import capturing, edits
+from gemloupe.capturing import RoutedTokens
 from gemloupe.config import TextConfig
 from gemloupe.errors import format_bytes, one_of, quoted
 from gemloupe.generation import Row
@@ -117,6 +118,13 @@ def hooks_json(output: Output) -> dict[str, Any]:
                 routing[name] = array_json(values)
         found["routing"] = routing
     return found
+
+
+def experts_json(routed: RoutedTokens) -> dict[str, Any]:
+    """Experts of a few tokens, in as few bytes as it takes: [L, T, k] and the positions [T]."""
+    experts = routed.experts
+    small = experts.astype(np.uint8 if experts.max() < 256 else np.uint16)
+    return {"positions": routed.positions.tolist(), "experts": array_json(small)}
 
 
 def _value(value: Any) -> Any:

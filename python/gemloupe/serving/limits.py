@@ -27,6 +27,9 @@ class Limits:
     """`n` of a request, times its prompts."""
     max_images: int = 16
     max_sounds: int = 4
+    max_videos: int = 2
+    max_video_pixels: int = 1 << 32
+    """Of all frames of one video: two minutes of 1280 x 720 at 30 a second are 3.3 billion."""
     max_transcribed: float = 600.0
     """Seconds of one sound for /v1/audio/transcriptions."""
     max_capture: int = 64 << 20
@@ -45,9 +48,13 @@ class Access:
     """Who may use a server."""
 
     api_key: str | None = None
+    anybody: bool = False
+    """Whether a server that others reach may do without a key."""
     hosts: tuple[str, ...] = ()
     """Names that a Host header may have, beside this machine's own; () for any."""
     origins: tuple[str, ...] = ()
     """Web pages (scheme://host) that may call, beside this machine's own."""
+    page: bool = True
+    """Whether browsers get the web page at `/`, for which they need no key."""
     adapter_folder: Path | None = None
     """Where clients may load adapters from; None: nowhere."""

@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemloupe.chat_template import ROLES
 from gemloupe.errors import one_of, quoted
+from gemloupe.media.videos import VideoSource
 from gemloupe.serving.failure import ApiError
+from gemloupe.serving.limits import Limits
 
 _MAX_MESSAGES = 10_000
 # OpenAI's `detail` of an image -> soft tokens; otherwise the model's usual number.
 _DETAILS = {"low": 70, "high": 1120}
 
 
-def read_messages(messages: Any, *, max_images: int, max_sounds: int = 0) -> list[dict[str, Any]]:
+def read_messages(messages: Any, limits: Limits) -> list[dict[str, Any]]:
     """Returns OpenAI's messages as `model.prepare` takes them. ApiError naming the place.
 
-    Images and sounds come inside the request, in base64; files and addresses are refused.
+    Images, sounds and videos come inside the request, in base64; files and addresses are refused.
     """
     if not isinstance(messages, list) or not messages:
         raise ApiError(400, "messages must be a list of at least one message", param="messages")
     if len(messages) > _MAX_MESSAGES:
         raise ApiError(400, f"more than {_MAX_MESSAGES} messages", param="messages")
-    read = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    read = [_message(message, f"messages[{i}]", limits) for i, message in enumerate(messages)]
     kinds = [part["type"] for message in read for part in _parts(message)]
-    for kind, what, most in (("image", "images", max_images), ("audio", "sounds", max_sounds)):
+    for kind, what, most in (
+        ("image", "images", limits.max_images),
+        ("audio", "sounds", limits.max_sounds),
+        ("video", "videos", limits.max_videos),
+    ):
         if (count := kinds.count(kind)) > most:
             raise ApiError(400, f"{count} {what}; expected at most {most}", param="messages")
     return read
@@ -39,7 +46,7 @@ def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
     return content if isinstance(content, list) else ()
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, limits: Limits) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ApiError(400, f"{where} is {quoted(message)}; expected an object", param=where)
     role = message.get("role")
@@ -47,7 +54,10 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ApiError(
             400, f"{where}.role is {quoted(role)}; expected {one_of(ROLES)}", param=f"{where}.role"
         )
-    read: dict[str, Any] = {"role": role, "content": _content(message.get("content"), where)}
+    read: dict[str, Any] = {
+        "role": role,
+        "content": _content(message.get("content"), where, limits),
+    }
     for key in ("name", "tool_call_id"):
         if isinstance(message.get(key), str):
             read[key] = message[key]
@@ -67,7 +77,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     return read
 
 
-def _content(content: Any, where: str) -> Any:
+def _content(content: Any, where: str, limits: Limits) -> Any:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -75,13 +85,13 @@ def _content(content: Any, where: str) -> Any:
             400, f"{where}.content is {quoted(content)}; expected a string or a list of parts",
             param=f"{where}.content",
         )  # fmt: skip
-    parts = [_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+    parts = [_part(part, f"{where}.content[{i}]", limits) for i, part in enumerate(content)]
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
     return parts
 
 
-def _part(part: Any, where: str) -> dict[str, Any]:
+def _part(part: Any, where: str, limits: Limits) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("text", "input_text") and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
@@ -96,7 +106,11 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return read
     if kind == "input_audio" and isinstance(part.get("input_audio"), dict):
         return {"type": "audio", "audio": _bytes(part["input_audio"].get("data"), where)}
-    if kind in ("input_audio", "audio", "audio_url", "video", "video_url", "file"):
+    if kind == "video_url":
+        url = part.get("video_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        return {"type": "video", "video": _video(url, where, limits)}
+    if kind in ("input_audio", "audio", "audio_url", "video", "file"):
         raise ApiError(400, f"{where}: this server reads no {kind} parts", param=where)
     raise ApiError(
         400,
@@ -106,13 +120,28 @@ def _part(part: Any, where: str) -> dict[str, Any]:
     )
 
 
+def _video(url: Any, where: str, limits: Limits) -> VideoSource:
+    if importlib.util.find_spec("av") is None:
+        raise ApiError(
+            400,
+            f"{where}: this server reads no videos; it needs PyAV (pip install gemloupe[video])",
+            param=where,
+        )
+    data = _data_url(url, where, "video", "mp4")
+    return VideoSource(data, most_pixels=limits.max_video_pixels)
+
+
 def _image(url: Any, where: str) -> bytes:
-    if not isinstance(url, str) or not url.startswith("data:image/"):
+    return _data_url(url, where, "image", "png")
+
+
+def _data_url(url: Any, where: str, kind: str, example: str) -> bytes:
+    if not isinstance(url, str) or not url.startswith(f"data:{kind}/"):
         shown = quoted(url[:40] if isinstance(url, str) else url)
         raise ApiError(
             400,
-            f"{where}: the image is {shown}; expected a data URL (data:image/png;base64,…). This "
-            "server reads no files and fetches no addresses",
+            f"{where}: the {kind} is {shown}; expected a data URL (data:{kind}/{example};base64,…)."
+            " This server reads no files and fetches no addresses",
             param=where,
         )
     head, _, body = url.partition(",")

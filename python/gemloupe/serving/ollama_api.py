@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from gemloupe.output import Output
 from gemloupe.serving import chat_request
@@ -55,10 +55,6 @@ def routes(service: Service) -> APIRouter:
     """/api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version."""
     router = APIRouter()
     registry = service.registry
-
-    @router.api_route("/", methods=["GET", "HEAD"])
-    async def root() -> Response:
-        return PlainTextResponse("gemloupe is running")
 
     @router.post("/api/chat")
     async def chat(request: Request) -> Response:

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from gemloupe.serving import chat_request, openai_format
 from gemloupe.serving.chat_request import GenerateRequest
 from gemloupe.serving.failure import ApiError
 from gemloupe.serving.fields import Fields
+from gemloupe.serving.hooks_json import experts_json
 from gemloupe.serving.jobs import Job
 from gemloupe.serving.messages import read_messages
 from gemloupe.serving.registry import Found, Served
@@ -49,14 +51,14 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> Response:
         created = int(service.started)
-        data = [_model(name, created) for name in registry.names]
+        data = [_model(service, name, created) for name in registry.names]
         return JSONResponse({"object": "list", "data": data})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if name not in registry.names:
             raise ApiError(404, f"no model {quoted(name)}", param="model", code="model_not_found")
-        return JSONResponse(_model(name, int(service.started)))
+        return JSONResponse(_model(service, name, int(service.started)))
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
@@ -76,7 +78,8 @@ def routes(service: Service) -> APIRouter:
         def ids_of() -> list[int]:
             service.check_length(found.served.model, messages or text)
             if messages is not None:
-                chat = read_messages(messages, max_images=0)
+                words = replace(service.limits, max_images=0, max_sounds=0, max_videos=0)
+                chat = read_messages(messages, words)
                 ids: list[int] = found.served.model.prepare(chat).ids.tolist()
                 return ids
             return tokenizer.encode(text, bos="auto" if bos is not False else False)
@@ -151,8 +154,12 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "gemloupe"}
+def _model(service: Service, name: str, created: int) -> dict[str, Any]:
+    found = service.registry.find(name)
+    limits = {"max_tokens": service.limits.max_new_tokens, "max_body": service.limits.max_body}
+    facts = {**found.served.facts, **limits, "adapter": found.adapter}
+    entry = {"id": name, "object": "model", "created": created, "owned_by": "gemloupe"}
+    return {**entry, "gemloupe": facts}
 
 
 def _load_adapter(service: Service, served: Served, name: str, path: str, scale: float) -> None:
@@ -253,6 +260,8 @@ async def _chunks(
         if isinstance(happened, Ended):
             outputs[index] = happened.output
             added = openai_format.extras(happened.output)["gemloupe"]
+            if asked.streams_routing:
+                added.pop("routing", None)
             if {"captured", "routing", "tool_errors"} & added.keys():
                 yield event([], gemloupe={"index": index, **added})
             continue
@@ -285,13 +294,17 @@ async def _chunks(
                 "finish_reason": happened.finish_reason,
             }
             if not text and logprobs is None and not happened.finish_reason:
-                choice = None
+                choice = choice if happened.experts else None
         if choice is not None:
+            if happened.experts:
+                choice["gemloupe"] = {"routing": experts_json(happened.experts)}
             yield event([choice])
     if asked.include_usage:
         ended = [outputs[index] for index in sorted(outputs)]
         counted = openai_format.usage(ended, asked.choices, asked.discard)
-        yield _event({**head, "choices": [], "usage": counted})
+        timings = [openai_format.timings(output) for output in ended]
+        more = {"usage": counted, "gemloupe": {"timings": timings}}
+        yield _event({**head, "choices": [], **more})
     yield "data: [DONE]\n\n"
 
 

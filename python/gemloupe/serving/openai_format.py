@@ -30,21 +30,22 @@ def usage(outputs: Sequence[Output], choices: int, discard: bool = False) -> dic
     }
 
 
+def timings(output: Output) -> dict[str, Any]:
+    """Seconds and tokens of an answer; see `gemloupe.output.Timings`."""
+    times = output.timings
+    return {
+        "prefill_tokens": times.prefill_tokens,
+        "cached_tokens": times.cached_tokens,
+        "prefill_seconds": times.prefill_seconds,
+        "decode_tokens": times.decode_tokens,
+        "decode_seconds": times.decode_seconds,
+        "time_to_first_token": times.time_to_first_token,
+    }
+
+
 def extras(output: Output) -> dict[str, Any]:
     """What gemloupe adds to a choice: captures, routing, timings, broken calls."""
-    times = output.timings
-    added: dict[str, Any] = {
-        "seed": output.seed,
-        "timings": {
-            "prefill_tokens": times.prefill_tokens,
-            "cached_tokens": times.cached_tokens,
-            "prefill_seconds": times.prefill_seconds,
-            "decode_tokens": times.decode_tokens,
-            "decode_seconds": times.decode_seconds,
-            "time_to_first_token": times.time_to_first_token,
-        },
-        **hooks_json(output),
-    }
+    added = {"seed": output.seed, "timings": timings(output), **hooks_json(output)}
     if output.tool_errors:
         added["tool_errors"] = output.tool_errors
     return {"gemloupe": added}
@@ -103,7 +104,7 @@ def chat_delta(
     logprobs = None
     if request.logprobs and piece.ids:
         logprobs = chat_logprobs(piece.ids, piece.logprobs or [], request.top_logprobs, tokenizer)
-    if not delta and logprobs is None and not piece.finish_reason:
+    if not delta and logprobs is None and not piece.finish_reason and not piece.experts:
         return None
     return {
         "index": index,

@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemloupe import towers
 from gemloupe.errors import one_of, quoted
+from gemloupe.sampling import default_sampling
 from gemloupe.serving.failure import ApiError
 from gemloupe.serving.scheduler import Scheduler
+
+_SAMPLING = ("temperature", "top_p", "top_k")
 
 
 @dataclass(eq=False)
@@ -25,6 +29,21 @@ class Served:
     def adapters(self) -> list[str]:
         names: list[str] = list(self.model.list_adapters()["name"])
         return names
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a client's controls depend on."""
+        text = self.model.config.text
+        routed = [index for index, layer in enumerate(text.layers) if layer.has_experts]
+        sampling = default_sampling(self.model.generation_config, text.vocab_size)
+        return {
+            "images": towers.has_vision(self.model.checkpoint),
+            "audio": towers.has_audio(self.model.checkpoint),
+            "context": text.max_position_embeddings,
+            "experts": text.num_experts,
+            "expert_layers": routed,
+            "sampling": {name: getattr(sampling, name) for name in _SAMPLING},
+        }
 
 
 @dataclass(frozen=True)

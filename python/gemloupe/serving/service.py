@@ -145,6 +145,7 @@ class Service:
                     "prefix_cache": found.served.scheduler.prefixes,
                 }
                 row = make_rows(model, prompt, {**arguments, **more})[0]
+                row.streams_experts = request.streams_routing
                 check_capture_size(row, model.config.text, self.limits.max_capture)
                 rows.append(row)
         return rows
