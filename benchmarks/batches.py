@@ -12,6 +12,7 @@ first token.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import gemloupe as gl
+from gemloupe.generation import Generation, make_rows
 
 FREE = {"routing": False, "stop": ()}
 
@@ -32,20 +34,23 @@ def ids_of(model: gl.Model, count: int, seed: int) -> np.ndarray:
 
 
 def tokens_per_second(model: gl.Model, rows: int, options: argparse.Namespace, seed: int) -> float:
-    """New tokens of all rows by the seconds after the last prompt was read."""
+    """New tokens of all rows by the seconds after the last prompt was read.
+
+    No row ends before its last token: a random prompt's answer may be short.
+    """
     prompts = [ids_of(model, options.prompt, seed + row) for row in range(rows)]
-    stream: Any = model.generate(
-        prompts, max_new_tokens=options.new, seed=list(range(rows)), stream=True, **FREE
-    )
-    seen: set[int] = set()
-    began, tokens = 0.0, 0
-    for piece in stream:
-        if len(seen) == rows:
-            tokens += len(piece.ids)
-        seen.add(piece.row)
-        if len(seen) == rows and not began:
-            began = time.perf_counter()
-    return tokens / (time.perf_counter() - began)
+    arguments = {"max_new_tokens": options.new, "seed": list(range(rows)), **FREE}
+    made = make_rows(model, prompts, arguments)
+    for row in made:
+        row.options = dataclasses.replace(row.options, stop_ids=())
+    generation = Generation(model, made, stream=False)
+    while any(not row.ids for row in made):
+        generation.step()
+    before, began = sum(len(row.ids) for row in made), time.perf_counter()
+    while not generation.done:
+        generation.step()
+    seconds = time.perf_counter() - began
+    return (sum(len(row.ids) for row in made) - before) / seconds
 
 
 def first_token(model: gl.Model, ids: np.ndarray, prefixes: Any = None) -> tuple[float, int]:
