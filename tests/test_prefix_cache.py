@@ -72,6 +72,7 @@ def assert_same(warm: Any, cold: Any) -> None:
         assert np.array_equal(mine.values[-held:], theirs.values[-held:])
 
 
+@pytest.mark.core  # repeated for every instruction set
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", ["e2b", "26b", "31b"])
 def test_a_warm_prompt_gets_the_bits_of_a_cold_one(load, variant: str, kind: str) -> None:
@@ -85,12 +86,12 @@ def test_a_warm_prompt_gets_the_bits_of_a_cold_one(load, variant: str, kind: str
         (conversation, 703),
         ([*LONG[:600], *tail], 512),
         (conversation[:300], 0),
-        ([*random_ids(1300, seed=3)], 0),
-        ([*random_ids(1300, seed=3), *tail], 1290),
+        ([*random_ids(1050, seed=3)], 0),
+        ([*random_ids(1050, seed=3), *tail], 1040),
     ):
         warm = generate(model, ids, prefixes)
         assert_same(warm, generate(model, ids))
-        if kind in ANYWHERE:
+        if kind in ANYWHERE or _core.isa() == "portable":
             assert cached(warm) >= fewest
         else:
             assert cached(warm) == fewest // 512 * 512
