@@ -13,8 +13,10 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 import gemloupe as gl
+import made_adapters
 from gemloupe import cli, inspect
 from gguf_files import all_of, write_gguf
 from mmproj_files import write_mmproj
@@ -99,6 +101,19 @@ def test_prompts_with_pictures_give_the_logits_of_the_checkpoint(
     runs = [m.run(ids, images=[PICTURE], max_soft_tokens=70) for m in (model, reference)]
     np.testing.assert_allclose(runs[0].logits, runs[1].logits, rtol=0, atol=1e-5)
     assert model.config.image_token_id == MEDIA_IDS["image_token_id"]
+
+
+@pytest.mark.parametrize("wanted", [Type.F32, Type.F16])
+def test_adapters_read_the_weights_of_the_checkpoint(
+    made: Callable, tmp_path: Path, wanted: Type
+) -> None:
+    folder = made("e2b")
+    held = write_mmproj(tmp_path / "towers.gguf", folder / "hf", wanted)
+    base = loaded(folder, tmp_path / "towers.gguf").adapters.base
+    for name in ("patch_embedder.input_proj.weight", "encoder.layers.1.mlp.up_proj.linear.weight"):
+        expected = held[f"model.vision_tower.{name}"]
+        rows = base.rows(f"vision_tower.{name}", range(3, 9))
+        assert np.array_equal(rows, expected[3:9])
 
 
 def beside(made: Callable, tmp_path: Path, *names: str) -> Path:
@@ -275,3 +290,28 @@ def test_reports_count_the_towers_of_the_file(made: Callable, tmp_path: Path) ->
         write_mmproj(path, made(kind) / "hf")
         report = inspect.describe(made(kind) / "model.gguf", path)
         assert report.parameters == inspect.describe(made(kind) / "hf").parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_towers_fit_the_towers_of_a_file(
+    made: Callable, tmp_path: Path, kind: str
+) -> None:
+    folder = made(kind)
+    write_mmproj(folder / "towers.gguf", folder / "hf")
+    reference = gl.load(folder / "hf", dtype="float32")
+    peft = made_adapters.make(
+        AutoModelForImageTextToText.from_pretrained(folder / "hf"),
+        r=2,
+        use_dora=True,
+        target_modules=r".*(vision|audio|embed).*(q_proj\.linear|\.input_proj|patch_dense|g_projection)",
+    )
+    adapter = made_adapters.save(peft, tmp_path / "adapter")
+    model = loaded(folder, folder / "towers.gguf")
+    plain = np.asarray(model.encode_image(PICTURE, 70))
+    ours, theirs = model.load_adapter(adapter), reference.load_adapter(adapter)
+    model.set_adapter(ours)
+    reference.set_adapter(theirs)
+    assert_same_tokens(model, reference)
+    assert not np.allclose(model.encode_image(PICTURE, 70), plain, atol=1e-3)
+    norms = [[one.base_norm for one in a.report().changes] for a in (ours, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and len(norms[0]) > 1

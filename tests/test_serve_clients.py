@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import langchain_openai
 import numpy as np
+import ollama
 import openai
 import pydantic
 import pytest
@@ -207,3 +208,38 @@ def test_readme_and_its_page_show_requests_that_work(http: httpx.Client) -> None
         path = address.removeprefix("curl http://127.0.0.1:11434")
         answer = http.post(path, content=body.strip("'")).json()
         assert "72" in answer["choices"][0]["message"]["content"]
+
+
+# What the articles show, but for the port: that is the server's default.
+ARTICLE = """
+client = openai.OpenAI(base_url="http://localhost:11434/v1", api_key="ollama")
+response = client.chat.completions.create(
+    model="gemma4:31b",
+    messages=[{"role": "user", "content": "Analyze this code for race conditions."}],
+    extra_body={
+        "thinking_mode": "enabled",
+        "max_thinking_tokens": 1500,
+        "logit_cap": 30.0 # Prevents logit drift in long reasoning
+    }
+)
+print(response.choices[0].message.content)
+"""
+
+
+def test_the_articles_snippet_runs_to_the_letter(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = server.url.rpartition(":")[2]
+    assert Options().port == 11434
+    exec(ARTICLE.replace("11434", port), {"openai": openai})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("tag", ["gemma4", "gemma4:2b-e2b", "gemma4:4b-e4b", "gemma4:26b-moe"])
+def test_ollama_run_of_the_articles_finds_every_tag(server: Server, tag: str) -> None:
+    """What `ollama run TAG` asks for: the model, then a chat."""
+    client = ollama.Client(host=server.url)
+    assert "completion" in client.show(tag).capabilities
+    said = client.chat(model=tag, messages=[{"role": "user", "content": SUM}],
+                       options={"temperature": 0})  # fmt: skip
+    assert said.model == tag and "72" in said.message.content

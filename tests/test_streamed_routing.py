@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ import pytest
 import gemloupe as gl
 from gemloupe.generation import Generation, make_rows
 from serving import Server, running
+from tiny_drafters import make_drafter, save_drafter
+from tiny_models import random_ids
 
 CHAT = [{"role": "user", "content": "What is 27 + 45?"}]
 BODY = {"messages": CHAT, "temperature": 0.8, "seed": 3, "stream": True, "routing": "stream"}
@@ -86,6 +89,29 @@ def test_a_trace_is_whole_although_its_experts_were_handed_out() -> None:
         np.testing.assert_array_equal(getattr(trace, name), getattr(plain, name))
     captured = generation.outputs()[0].captured["layers.2.router.experts"]
     np.testing.assert_array_equal(captured, plain.experts[2])
+
+
+def test_wrong_guesses_of_a_drafter_are_handed_out_to_nobody(
+    tmp_path: Path, tiny: Callable
+) -> None:
+    model = gl.load(tiny("26b")[1])
+    drafter = model.load_drafter(save_drafter(make_drafter("26b"), tmp_path / "drafter"))
+    arguments = {"max_new_tokens": 60, "top_k": 2, "temperature": 2.0, "seed": 1}
+    rows = make_rows(model, random_ids(13), {**arguments, "drafter": drafter})
+    rows[0].streams_experts = True
+    generation = Generation(model, rows, stream=False)
+    routed = []
+    while not generation.done:
+        routed += [piece.experts for piece in generation.step() if piece.experts]
+    drafts = generation.outputs()[0].drafts
+    assert drafts.drafted > drafts.accepted
+    plain = model.generate(random_ids(13), **arguments).routing
+    np.testing.assert_array_equal(
+        np.concatenate([r.experts for r in routed], axis=1), plain.experts
+    )
+    positions = np.concatenate([r.positions for r in routed])
+    np.testing.assert_array_equal(positions, plain.positions)
+    np.testing.assert_array_equal(generation.outputs()[0].routing.experts, plain.experts)
 
 
 def test_a_dense_model_has_no_experts_to_stream() -> None:

@@ -19,8 +19,11 @@ import httpx
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
+from gemloupe import cli
+from gemloupe.serving import command
 from gemloupe.serving.command import Options
 from gemloupe.serving.limits import Access, Limits
 from serving import Server, endless, running, wait_until
@@ -139,6 +142,12 @@ def _text(answer: Locator) -> str:
     return "".join(answer.locator(".prose:not(.thoughts) .token:not(.end)").all_text_contents())
 
 
+def _exported(page: Page) -> dict[str, Any]:
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export").click()
+    return json.loads(Path(download.value.path()).read_text())
+
+
 def _from_api(server: Server, text: str, **more: Any) -> dict[str, Any]:
     body = {"messages": [{"role": "user", "content": text}], **more}
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
@@ -209,6 +218,8 @@ def test_thoughts_stand_apart(visit: Visit, server: Server) -> None:
     expect(thoughts).to_be_visible()
     assert "".join(thoughts.locator(".token").all_text_contents()) == message["reasoning"]
     assert _text(answer) == message["content"]
+    page.locator("#max_tokens").fill("8")
+    expect(_ask(page, SUM).locator(".thoughts")).to_be_visible()  # No answer came after them.
 
 
 def test_escape_stops_the_server_too(visit: Visit, server: Server) -> None:
@@ -419,25 +430,40 @@ def _png() -> bytes:
     return file.getvalue()
 
 
-def test_pictures_reach_the_model(visit: Visit, server: Server) -> None:
-    watched = visit(model="seeing")
-    page = watched.page
+def _wav() -> bytes:
+    file = io.BytesIO()
+    samples = np.random.default_rng(0).normal(0, 0.1, 16_000)
+    soundfile.write(file, samples, 16_000, format="WAV")
+    return file.getvalue()
+
+
+def test_pictures_and_sounds_reach_the_model(visit: Visit, server: Server) -> None:
+    page = visit(model="seeing").page
     expect(page.locator("#experts")).to_be_hidden()  # This model has none.
     _set(page, temperature=0, max_tokens=3)
-    png = _png()
+    image, audio = _png(), _wav()
     page.locator("#files").set_input_files(
-        [{"name": "stone.png", "mimeType": "image/png", "buffer": png}]
+        [
+            {"name": "stone.png", "mimeType": "image/png", "buffer": image},
+            {"name": "stone.wav", "mimeType": "audio/wav", "buffer": audio},
+        ]
     )
     expect(page.get_by_alt_text("stone.png")).to_be_visible()
     answer = _ask(page, "hi")
     expect(page.locator(".user img")).to_be_visible()
+    expect(page.locator(".user audio")).to_be_visible()
     model = server.service.registry.find("seeing").served.model
-    content = [{"type": "image", "image": png}, {"type": "text", "text": "hi"}]
-    out = model.generate([{"role": "user", "content": content}], max_new_tokens=3, temperature=0)
-    assert len(out.prompt.positions("image")) > 1
+    content = [
+        {"type": "image", "image": image},
+        {"type": "audio", "audio": audio},
+        {"type": "text", "text": "hi"},
+    ]
+    chat = [{"role": "user", "content": content}]
+    out = model.generate(chat, max_new_tokens=3, temperature=0, logprobs=1)
+    assert len(out.prompt.positions("image")) > 1 and len(out.prompt.positions("audio")) > 1
     expect(answer.locator(".stats")).to_contain_text(f"{len(out.prompt)} prompt tokens")
-    if out.text.strip():
-        assert _text(answer) == out.text
+    logprobs = [entry["logprob"] for entry in _exported(page)["messages"][1]["logprobs"]]
+    assert logprobs == [logprob for logprob, _ in out.logprobs]
 
 
 def test_pictures_can_be_dropped_and_pasted(visit: Visit) -> None:
@@ -542,9 +568,7 @@ def test_the_last_message_can_be_edited_and_the_chat_exported(visit: Visit, serv
     expect(page.locator(".message")).to_have_count(2)
     expect(page.locator("#input")).to_have_value("What is 1 + 1?")
     second = _text(_ask(page, "What is 2 + 2?"))
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Export").click()
-    saved = json.loads(Path(download.value.path()).read_text())
+    saved = _exported(page)
     texts = [message["content"] for message in saved["messages"]]
     assert texts == [SUM, first, "What is 2 + 2?", second]
     messages = [{"role": "user", "content": SUM}, {"role": "assistant", "content": first},
@@ -601,6 +625,8 @@ def test_a_narrow_screen_holds_it(visit: Visit) -> None:
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
     assert page.locator("#scroll").evaluate("e => e.scrollWidth - e.clientWidth") == 0
     expect(page.locator("#panel")).to_be_hidden()
+    page.locator(".token").first.tap()
+    expect(page.locator("#tip")).to_be_visible()
     page.get_by_role("button", name="Settings", exact=True).click()
     expect(page.locator("#temperature")).to_be_visible()
     page.keyboard.press("Escape")
@@ -661,3 +687,11 @@ def test_its_own_page_may_call_at_an_address_but_not_at_any_name() -> None:
         assert status("example.org", "http://example.org") == 403
     with running("demo:edge", Options(access=Access(hosts=("gems.lan",)))) as server:
         assert status("gems.lan", "https://gems.lan") == 200
+
+
+def test_the_command_line_can_leave_the_page_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Options] = []
+    monkeypatch.setattr(command, "serve", lambda source, options: asked.append(options))
+    cli.main(["serve", "demo:edge"])
+    cli.main(["serve", "demo:edge", "--no-page"])
+    assert [options.access.page for options in asked] == [True, False]

@@ -261,6 +261,12 @@ void BindKvCache(py::module_& module) {
             return WithLease(cache, [&] { return cache->shared_nbytes(); });
           },
           "Of nbytes, what a fork holds too.")
+      .def_property_readonly(
+          "shortest_length",
+          [](const CachePtr& cache) {
+            return WithLease(cache, [&] { return cache->ShortestLength(); });
+          },
+          "The smallest length that truncate takes.")
       .def_property_readonly("full_sliding",
                              [](const KvCache& cache) { return cache.options().full_sliding; })
       .def_property_readonly("model_id",
@@ -332,6 +338,19 @@ void BindKvCache(py::module_& module) {
       py::arg("model"), py::arg("max_tokens"), py::arg("dtype"), py::arg("start"),
       py::arg("full_sliding"), py::arg("chunk"), py::arg("separate_keys") = false,
       "A new cache; max_tokens 0: the model's maximum.");
+
+  module.def(
+      "kv_total_bytes",
+      [](const std::vector<CachePtr>& caches) {
+        std::vector<KvLease> leases;
+        std::vector<const KvCache*> held;
+        for (const CachePtr& cache : caches) {
+          leases.push_back(ValueOrThrow(KvLease::Take(cache)));
+          held.push_back(cache.get());
+        }
+        return KvCache::TotalBytes(held);
+      },
+      py::arg("caches"), "Bytes of several caches; blocks that they share count once.");
 
   module.def(
       "kv_bytes_needed",

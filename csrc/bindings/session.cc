@@ -47,8 +47,12 @@ void BindSession(py::module_& module) {
       .def_readwrite("softcap", &RowRequest::softcap, "None: the config's.")
       .def_readwrite("mask", &RowRequest::mask, "A TokenMask that is asked for every token.")
       .def_readwrite("hooks", &RowRequest::hooks, "Captures and edits of this row, or None.")
+      .def_readwrite("cuts", &RowRequest::cuts, "Counts of ids at which a pass ends, ascending.")
       .def_readwrite("drafter", &RowRequest::drafter, "A Drafter of this model, or None.")
       .def_readwrite("draft_tokens", &RowRequest::draft_tokens, "Most guesses of a pass.")
+      .def_readwrite(
+          "lookup_ngram", &RowRequest::lookup_ngram,
+          "Guesses follow the last tokens, at most so many, of an earlier place; 0: none.")
       .def_property(
           "adapters", nullptr,
           [](RowRequest& request, const PyAdapterMix& adapters) {

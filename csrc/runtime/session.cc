@@ -32,6 +32,10 @@ int64_t BestDraftLength(double p, int64_t most) {
   return best;
 }
 
+bool MayDraft(const RowRequest& request) {
+  return request.drafter != nullptr || request.lookup_ngram > 0;
+}
+
 // Rows of a pass whose every row gives logits: bounds them to 64 · V floats.
 constexpr int64_t kLogitsChunk = 64;
 
@@ -67,6 +71,9 @@ StatusOr<int> Session::Submit(RowRequest request) {
   if (request.ids.empty()) {
     return absl::InvalidArgumentError("the prompt has no tokens; expected at least one (BOS)");
   }
+  if (!std::is_sorted(request.cuts.begin(), request.cuts.end())) {
+    return absl::InvalidArgumentError("the cuts of the prompt are not ascending");
+  }
   for (const int32_t id : request.ids) {
     if (id < 0 || id >= model_->config().vocab_size) {
       return absl::InvalidArgumentError(absl::StrCat(
@@ -84,6 +91,11 @@ StatusOr<int> Session::Submit(RowRequest request) {
   }
   if (request.drafter != nullptr && request.drafter->target_id() != model_->id()) {
     return absl::InvalidArgumentError("the drafter was loaded for another model");
+  }
+  if (request.lookup_ngram != 0 && (request.lookup_ngram < 2 || request.drafter != nullptr)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("lookup_ngram is ", request.lookup_ngram,
+                     ", expected 2 or more and no drafter, or 0 for no guesses"));
   }
   if (request.draft_tokens < 1) {
     return absl::InvalidArgumentError(
@@ -169,10 +181,13 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   const auto prompt = static_cast<int64_t>(row.request.ids.size());
   const bool wants_prompt = row.request.prompt_logprobs >= 0;
   int64_t chunk = wants_prompt ? std::min(chunk_, kLogitsChunk) : chunk_;
-  // A pass that sees later positions can't be cut.
-  if (model_->config().bidirectional == "all") chunk = prompt;
   const int64_t begin = row.prefilled;
   int64_t end = std::min(prompt, begin + chunk);
+  const std::vector<int64_t>& cuts = row.request.cuts;
+  const auto cut = std::upper_bound(cuts.begin(), cuts.end(), begin);
+  if (cut != cuts.end()) end = std::min(end, *cut);
+  // A pass that sees later positions can't be cut.
+  if (model_->config().bidirectional == "all") end = prompt;
   const MediaInput* media = row.request.media.get();
   if (media != nullptr) end = media->ChunkEnd(begin, end);
   PassRequest pass;
@@ -211,6 +226,30 @@ StatusOr<std::vector<StepResult>> Session::Prefill(int index,
   return std::vector<StepResult>{std::move(result)};
 }
 
+// What followed the last tokens of a sequence where it had them before, the last time.
+std::vector<int32_t> Session::LookUp(const Row& row, int64_t most) {
+  const std::vector<int32_t>& read = row.request.cache->tokens();
+  const auto count = static_cast<int64_t>(read.size());  // the token at `count` is the last one
+  const auto at = [&](int64_t i) {
+    return i == count ? row.last_token : read[static_cast<size_t>(i)];
+  };
+  for (int64_t n = row.request.lookup_ngram; n >= 2; --n) {
+    // The n tokens that end at `end` are those that end at `count`.
+    for (int64_t end = count - 1; end >= n - 1; --end) {
+      int64_t same = 0;
+      while (same < n && at(end - same) == at(count - same)) ++same;
+      if (same < n) continue;
+      // Behind the last token the guesses go on: what was found repeats itself.
+      std::vector<int32_t> found;
+      for (int64_t i = end + 1; i <= end + most; ++i) {
+        found.push_back(i <= count ? at(i) : found[static_cast<size_t>(i - count - 1)]);
+      }
+      return found;
+    }
+  }
+  return {};
+}
+
 // The guesses of each of these rows, none for rows that go without.
 StatusOr<std::vector<std::vector<int32_t>>> Session::Draft(const std::vector<int>& indices) {
   std::vector<std::vector<int32_t>> drafts(indices.size());
@@ -219,10 +258,14 @@ StatusOr<std::vector<std::vector<int32_t>>> Session::Draft(const std::vector<int
     const Row& row = *rows_[static_cast<size_t>(indices[i])];
     const RowRequest& request = row.request;
     const bool fixed = request.hooks != nullptr && !request.hooks->CanForget();
-    if (request.drafter == nullptr || request.mask != nullptr || fixed) continue;
+    if (!MayDraft(request) || request.mask != nullptr || fixed) continue;
     const int64_t most =
         std::min({spare, request.draft_tokens, request.max_new_tokens - row.generated - 1});
     if (most < 1) continue;
+    if (request.drafter == nullptr) {
+      drafts[i] = LookUp(row, BestDraftLength(row.acceptance, most));
+      continue;
+    }
     const Drafter::Row last = {request.cache.get(), row.last_token, row.hidden.data()};
     GL_RETURN_IF_ERROR(request.drafter->Draft(*model_, {&last, 1},
                                               BestDraftLength(row.acceptance, most), drafts[i]));
@@ -280,13 +323,14 @@ StatusOr<std::vector<StepResult>> Session::Decode(const std::vector<int>& indice
       results.push_back(*std::move(result));
     }
     leases[i].get()->Advance(read[i].data(), static_cast<int64_t>(kept));
-    if (row.request.drafter == nullptr) continue;
     if (row.request.hooks != nullptr && kept < read[i].size()) {
       row.request.hooks->ForgetFrom(row.request.cache->length());
     }
-    const float* hidden =
-        final_norm_.data() + (first + static_cast<int64_t>(kept) - 1) * hidden_size;
-    row.hidden.assign(hidden, hidden + hidden_size);
+    if (row.request.drafter != nullptr) {
+      const float* hidden =
+          final_norm_.data() + (first + static_cast<int64_t>(kept) - 1) * hidden_size;
+      row.hidden.assign(hidden, hidden + hidden_size);
+    }
     CountDrafts(static_cast<int64_t>(drafts[i].size()), static_cast<int64_t>(kept) - 1, row);
   }
   return results;

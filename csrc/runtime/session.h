@@ -32,12 +32,17 @@ struct RowRequest {
   std::shared_ptr<Hooks> hooks;             // null: nobody looks
   std::shared_ptr<TokenMask> mask;          // asked before every token; null: any id
   std::shared_ptr<const MediaInput> media;  // of the ids; null: words only
+  // Counts of ids, ascending, at which a pass over the prompt ends too: the cache is then a prefix.
+  std::vector<int64_t> cuts;
   AdapterMix adapters;
   // Guesses tokens that a pass then checks together; null: none. The tokens are those that the row would
   // choose without. Rows with edits, captures that keep no rows, or a mask go without guesses, and so
   // do more than half a pass of rows.
   std::shared_ptr<Drafter> drafter;
   int64_t draft_tokens = 4;  // the most of a pass
+  // Without a drafter: guesses are what followed the last n tokens (n from lookup_ngram down to 2) where
+  // the sequence had them before; 0: none.
+  int64_t lookup_ngram = 0;
 };
 
 // What became of a row's guesses.
@@ -107,6 +112,7 @@ class Session {
   StatusOr<std::vector<StepResult>> Prefill(int row, const std::function<bool()>& stopped);
   StatusOr<std::vector<StepResult>> Decode(const std::vector<int>& rows,
                                            const std::function<bool()>& stopped);
+  static std::vector<int32_t> LookUp(const Row& row, int64_t most);
   static void CountDrafts(int64_t drafted, int64_t accepted, Row& row);
   StatusOr<std::vector<std::vector<int32_t>>> Draft(const std::vector<int>& rows);
   StatusOr<StepResult> Choose(int row, float* logits, const std::function<bool()>& stopped);

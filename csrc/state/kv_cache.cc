@@ -4,6 +4,7 @@
 #include <cstring>
 #include <random>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 
 namespace gemloupe {
@@ -71,6 +72,21 @@ uint64_t KvCache::shared_nbytes() const {
   uint64_t bytes = 0;
   for (const Layer& layer : storage_) {
     for (const auto& block : layer.blocks) bytes += block.use_count() > 1 ? block->size() : 0;
+  }
+  return bytes;
+}
+
+uint64_t KvCache::TotalBytes(const std::vector<const KvCache*>& caches) {
+  absl::flat_hash_set<const AlignedBuffer*> counted;
+  uint64_t bytes = 0;
+  for (const KvCache* cache : caches) {
+    for (const Layer& layer : cache->storage_) {
+      for (const auto* blocks : {&layer.blocks, &layer.spare}) {
+        for (const auto& block : *blocks) {
+          if (counted.insert(block.get()).second) bytes += block->size();
+        }
+      }
+    }
   }
   return bytes;
 }
@@ -182,19 +198,23 @@ void KvCache::AppendRandom(const std::vector<int32_t>& ids, uint32_t seed) {
   }
 }
 
+int64_t KvCache::ShortestLength() const {
+  int64_t shortest = options_.start;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (!IsSource(static_cast<int>(i)) || layers_[i].window == 0) continue;
+    const int64_t first = FirstPosition(static_cast<int>(i));
+    if (first > options_.start) shortest = std::max(shortest, first + layers_[i].window - 1);
+  }
+  return shortest;
+}
+
 Status KvCache::CheckHeld(const char* operation, int64_t length) const {
   if (length < options_.start || length > this->length()) {
     return absl::OutOfRangeError(absl::StrCat(operation, ": length is ", length, ", expected ",
                                               options_.start, " to ", this->length(),
                                               " (the positions held by this cache)"));
   }
-  int64_t smallest = options_.start;
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    if (!IsSource(static_cast<int>(i)) || layers_[i].window == 0) continue;
-    const int64_t first = FirstPosition(static_cast<int>(i));
-    if (first > options_.start) smallest = std::max(smallest, first + layers_[i].window - 1);
-  }
-  if (length < smallest) {
+  if (const int64_t smallest = ShortestLength(); length < smallest) {
     return absl::OutOfRangeError(
         absl::StrCat(operation, ": length is ", length,
                      ", but the sliding layers hold the window of positions from ", smallest,

@@ -81,6 +81,8 @@ class KvCache {
   uint64_t layer_nbytes(int layer) const;
   // Of nbytes, what a fork holds too.
   uint64_t shared_nbytes() const;
+  // Bytes of several caches; blocks that they share count once.
+  static uint64_t TotalBytes(const std::vector<const KvCache*>& caches);
   // How the entries that `layer` reads are stored.
   KvStorage storage(int layer) const;
 
@@ -98,6 +100,8 @@ class KvCache {
   // the same seed. A benchmark's long context within seconds.
   void AppendRandom(const std::vector<int32_t>& ids, uint32_t seed);
 
+  // The smallest length that Truncate and Rewind can give: where nothing has left a window, start.
+  int64_t ShortestLength() const;
   // Drops positions ≥ length. OutOfRange, naming the smallest length possible, where a sliding layer
   // no longer holds the window before it.
   Status Truncate(int64_t length);

@@ -25,6 +25,7 @@ from gemloupe.capturing import at
 from gemloupe.comparison import compare, record_reference
 from gemloupe.conversion import convert
 from gemloupe.documents import Pack, pack
+from gemloupe.drafter import PromptLookup
 from gemloupe.help_pages import help
 from gemloupe.hooks import HookPoint, before
 from gemloupe.inspect import estimate
@@ -67,6 +68,7 @@ __all__ = [
     "Perplexity",
     "Piece",
     "Prompt",
+    "PromptLookup",
     "RouterTrace",
     "Run",
     "Stream",

@@ -117,6 +117,8 @@ class KvCache:
     @property
     def shared_nbytes(self) -> int: ...
     @property
+    def shortest_length(self) -> int: ...
+    @property
     def full_sliding(self) -> bool: ...
     @property
     def model_id(self) -> int: ...
@@ -348,6 +350,8 @@ class RowRequest:
     mask: TokenMask | None
     drafter: Drafter | None
     draft_tokens: int
+    lookup_ngram: int
+    cuts: list[int]
     adapters: Sequence[tuple[Adapter, float]]
     media: MediaInput | None
     def __init__(self) -> None: ...
@@ -414,6 +418,7 @@ def new_cache(
     chunk: int,
     separate_keys: bool = False,
 ) -> KvCache: ...
+def kv_total_bytes(caches: Sequence[KvCache]) -> int: ...
 def kv_bytes_needed(
     config: TextConfig,
     dtype: str,

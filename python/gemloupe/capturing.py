@@ -211,6 +211,8 @@ class BoundHooks:
         self.core = _core.Hooks()
         self.core.check_finite = request.check_finite
         self._numbers: list[int] = []
+        self.needed: list[tuple[hooks.HookPoint, Positions]] = []
+        """What captures and edits are about: points with their positions."""
         for wanted in request.wanted:
             shape = wanted.shape(config)
             group = shape[-1] if wanted.at.reduce == "norm" and len(shape) > 1 else 0
@@ -219,7 +221,9 @@ class BoundHooks:
                     f"reduce={wanted.at.reduce!r} at {wanted.point.name}, whose shape changes with "
                     "every pass; capture it whole, or its heads' outputs (attn.z)"
                 )
-            filter_ = resolve(wanted.at.positions, span).core()
+            positions = resolve(wanted.at.positions, span)
+            self.needed.append((wanted.point, positions))
+            filter_ = positions.core()
             if wanted.delta:
                 self._numbers.append(
                     self.core.add_delta_capture(
@@ -242,6 +246,20 @@ class BoundHooks:
             for target, where, core in edit.bind(site):
                 self.core.add_edit(target.index, target.layer, where.core(), core)
                 self.edited.append((target, where))
+        self.needed += self.edited
+
+    def first_position(self, span: Span) -> int:
+        """The first position of the span that captures or edits are about, at most its last."""
+        first = span.end - 1
+        for point, where in self.needed:
+            # Rows of attn.keys and attn.values are positions of the cache, which every query reads.
+            if point.shape.startswith("[S"):
+                return span.first
+            begins = [p for p in where.listed if p >= span.first]
+            if where.begin is not None:
+                begins.append(max(span.first, where.begin))
+            first = min([first, *begins])
+        return first
 
     @functools.cached_property
     def _expert_captures(self) -> list[int]:

@@ -395,7 +395,9 @@ def _add_serve(commands: Any) -> None:
     _add_adapter_option(group, "load a LoRA adapter of PEFT, which requests may name")
     group.add_argument("--name", metavar="NAME", help="what clients call the model")
     group.add_argument(
-        "--drafter", metavar="CHECKPOINT", help="an assistant of MODEL, which guesses its tokens"
+        "--drafter",
+        metavar="CHECKPOINT",
+        help="an assistant of MODEL, which guesses its tokens, or prompt-lookup",
     )
     group.add_argument(
         "--alias",
@@ -434,10 +436,17 @@ def _add_serve(commands: Any) -> None:
         ("--max-new-tokens", 4096, "tokens of an answer"),
         ("--max-prompt", None, "tokens of a prompt (default: what the model reads)"),
         ("--kv-memory", None, "bytes for keys and values (default: half of what is free)"),
+        (
+            "--prefix-cache",
+            None,
+            "bytes for what prompts begin with, 0 for none (default: a tenth of what is free, at "
+            "most 4 GiB)",
+        ),
         ("--drain", 30, "seconds that answers have to end after Ctrl-C"),
     ):
         shown = text if default is None else f"{text} (default: {default})"
-        group.add_argument(flag, type=_positive, default=default, metavar="N", help=shown)
+        kind = _not_negative if flag == "--prefix-cache" else _positive
+        group.add_argument(flag, type=kind, default=default, metavar="N", help=shown)
 
 
 def _add_batch(commands: Any) -> None:
@@ -508,6 +517,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _not_negative(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _run_serve(arguments: argparse.Namespace) -> None:
     from gemloupe.serving.command import Options, is_loopback, serve
     from gemloupe.serving.limits import Access, Limits
@@ -528,6 +541,7 @@ def _run_serve(arguments: argparse.Namespace) -> None:
         max_prompt=arguments.max_prompt,
         max_new_tokens=arguments.max_new_tokens,
         kv_bytes=arguments.kv_memory,
+        prefix_bytes=arguments.prefix_cache,
     )
     # A page whose name was pointed at this machine is not to read what only this machine may.
     hosts = tuple(arguments.allow_host)

@@ -1,4 +1,4 @@
-"""Drafters: Gemma 4's assistant checkpoints, which guess what their target will say next."""
+"""What guesses tokens: Gemma 4's assistant checkpoints, or what a sequence said before."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MODEL_TYPES = {"gemma4_assistant": "gemma4", "gemma4_unified_assistant": "gemma4
 DTYPES = ("auto", "float32", "bfloat16", "int8", "int4")
 MOST_TOKENS = 7
 """A pass of the engine decodes eight rows as exactly as one: the last token and seven guesses."""
+_MOST_NGRAM = 16
 _ORDERING = "masked_embedding.token_ordering"
 _MODEL = "model."
 _BAR_BYTES = 1 << 30
@@ -45,6 +46,35 @@ class DraftCounts:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
+@dataclass(frozen=True)
+class PromptLookup:
+    """Guesses without a model: what followed the last tokens where the sequence had them before.
+
+    Prompt and answer are searched for the last `ngram` tokens, else for fewer, down to two, and up
+    to `max_tokens` of what followed the last earlier place are guessed: names, quotations, code
+    that is changed a little. `generate(..., drafter=)` takes it, for any model; "prompt-lookup"
+    stands for one with these defaults. TypeError and ValueError for numbers out of range.
+    """
+
+    ngram: int = 3
+    """2 to 16."""
+    max_tokens: int = 7
+    """Of one pass, 1 to 7; how many it is follows how many were right."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("ngram", 2, _MOST_NGRAM), ("max_tokens", 1, MOST_TOKENS)):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name} is {quoted(number)}; expected an int")
+            if not low <= number <= high:
+                raise ValueError(f"{name} is {number}; expected {low} to {high}")
+
+    def serve(self, request: _core.RowRequest) -> None:
+        """Makes a row be drafted for."""
+        request.lookup_ngram = self.ngram
+        request.draft_tokens = self.max_tokens
+
+
 class Drafter:
     """A drafter of one model, made by `Model.load_drafter`; `generate(..., drafter=)` takes it."""
 
@@ -61,6 +91,11 @@ class Drafter:
                 f"the drafter {quoted(self.source)} was loaded for another model; load it with "
                 "this model's load_drafter"
             )
+
+    def serve(self, request: _core.RowRequest) -> None:
+        """Makes a row be drafted for."""
+        request.drafter = self.core
+        request.draft_tokens = self.max_tokens
 
     def __repr__(self) -> str:
         megabytes = (self.core.copied_bytes + self.core.mapped_bytes) / 1e6

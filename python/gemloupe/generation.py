@@ -20,11 +20,12 @@ from gemloupe import routing as _routing
 from gemloupe.adapters.selection import Selection
 from gemloupe.answer import AnswerReader, Part
 from gemloupe.cache import row_caches
-from gemloupe.drafter import DraftCounts, Drafter
+from gemloupe.drafter import DraftCounts, Drafter, PromptLookup
 from gemloupe.guide import AnswerForm, RequiredCall, RowGuide, ThoughtBudget, answer_ends
 from gemloupe.media import Reader, engine_input, media_parts, tower_hooks
 from gemloupe.output import Output, Timings, TokenLogprobs
 from gemloupe.positions import Span
+from gemloupe.prefix_cache import PrefixCache, Reading, RowPrefixes
 from gemloupe.prompt import Prompt, is_batch, prepare
 from gemloupe.sampling import RowOptions, resolve_rows, softcap_value
 from gemloupe.stream import Piece, Stream
@@ -99,7 +100,7 @@ class GenerationModel(Protocol):
     @property
     def adapters(self) -> Adapters: ...
 
-    def drafter(self, drafter: Any) -> Drafter:
+    def drafter(self, drafter: Any) -> Drafter | PromptLookup:
         """Returns what a call's `drafter` stands for."""
 
 
@@ -134,6 +135,7 @@ def generate(
     videos: Any = None,
     max_soft_tokens: Any = None,
     drafter: Any = None,
+    prefix_cache: PrefixCache | None = None,
     bos: bool | str = "auto",
     check_finite: bool = False,
     stream: bool = False,
@@ -168,10 +170,15 @@ def generate(
     are one). Points of the towers ("vision.…", "audio.…") act once, when the prompt's media are
     encoded; after tool calls their captures are those of the first round, `out.rounds[0]`.
     `adapter` as in `model.run`; caches remember which adapters their entries come from.
-    `drafter`: what `model.load_drafter` gave, or the path or hub id of such a checkpoint. It
+    `drafter`: what `model.load_drafter` gave, the path or hub id of such a checkpoint, or
+    "prompt-lookup" (or a `gl.PromptLookup`), which repeats what followed the same tokens before. It
     guesses tokens, a pass of the model then checks them together: the same tokens come, sooner;
     `out.drafts` counts them. Rows with edits, captures of patterns, scores, keys, values or means,
     stop strings, grammars or thinking budgets, and batches of more than four rows, go without.
+    `prefix_cache`: what `model.prefix_cache` made. Prompts go on from the longest beginning that it
+    holds and are stored in it; `out.timings.cached_tokens` says how much. Every position that a
+    capture, router trace, edit or prompt_logprobs is about is computed, and of rows with edits
+    nothing is stored. Not together with `cache`.
     """
     arguments = {**locals()}
     rows = make_rows(arguments.pop("model"), arguments.pop("x"), arguments)
@@ -238,9 +245,26 @@ def make_rows(model: GenerationModel, x: Any, arguments: Mapping[str, Any]) -> l
             prompts, options, caches, requests, selected, guides, row_tools, strict=True
         )
     ]
+    prefixes = _check_prefixes(model, given["prefix_cache"], given["cache"])
     for row, of_row_towers in zip(rows, towers, strict=True):
         row.drafter, row.towers = drafter, of_row_towers
+        if prefixes is not None:
+            row.prefixes = RowPrefixes(prefixes, row.prompt)
     return rows
+
+
+def _check_prefixes(model: GenerationModel, prefixes: Any, cache: Any) -> PrefixCache | None:
+    if prefixes is None:
+        return None
+    if not isinstance(prefixes, PrefixCache):
+        raise TypeError(
+            f"prefix_cache is a {type(prefixes).__name__}; expected what model.prefix_cache made"
+        )
+    if prefixes.model is not model:
+        raise ValueError("the prefix cache is of another model; make one with model.prefix_cache")
+    if cache is not None:
+        raise ValueError("a row goes on from cache= or from a prefix cache; leave one of them out")
+    return prefixes
 
 
 _DEFAULTS = {name: each.default for name, each in inspect.signature(generate).parameters.items()}
@@ -346,12 +370,17 @@ class Row:
     ) -> None:
         self.guide = guide
         self.softcap = softcap
-        self.drafter: Drafter | None = None
+        self.drafter: Drafter | PromptLookup | None = None
         self.streams_experts = False
         """Whether its pieces say which experts read the tokens (`Piece.experts`)."""
         self.towers: tower_hooks.TowerRequest | None = None
         # What the towers gave for this round's media.
         self.inside = tower_hooks.Inside()
+        self.prefixes: RowPrefixes | None = None
+        self.reading: Reading | None = None
+        """What a prefix cache does for the row, in its first round."""
+        self.begun = False
+        """Whether a pass has read something of the prompt."""
         self.number = -1
         """The session's number of the row, of its present round."""
         self.tools = tools
@@ -375,6 +404,18 @@ class Row:
         self.finish_reason = ""
         self.timings = Timings(prefill_tokens=len(prompt))
         self.reader: AnswerReader | None = None
+
+    def look_up(self, longer_than: int | None = None) -> Reading:
+        """What the row's prefix cache holds of the prompt now."""
+        assert self.prefixes is not None
+        logprobs = bool(self.options.prompt_logprobs)
+        return self.prefixes.look_up(self.adapters, self.hooks, logprobs, longer_than)
+
+    def read_from(self, reading: Reading) -> None:
+        """Makes the prompt be read from where `reading` says."""
+        self.reading = reading
+        self.timings.cached_tokens = reading.length
+        self.timings.prefill_tokens = len(self.prompt) - reading.length
 
     def read_text(self) -> None:
         """Makes each token be decoded as it comes; without, only `Output.text` decodes."""
@@ -434,7 +475,7 @@ class Row:
         self.ids, self.logprobs, self.prompt_logprobs = [], [], [None]
         self.must_run, self.finish_reason = False, ""
         self.timings = Timings(prefill_tokens=len(prompt))
-        self.hooks = None
+        self.hooks = self.reading = None
         self.towers, self.inside = None, tower_hooks.Inside()
         self.started = time.perf_counter()
         self.read_text()
@@ -544,6 +585,10 @@ class Generation:
                 cache_edits.note_towers(row.cache, row.towers)
         if row.guide:
             row.guide.begin(np.concatenate([row.cached_ids, row.prompt.ids]))
+        if row.prefixes is not None:
+            if row.inside.soft_tokens:
+                row.prefixes.hold(row.inside.soft_tokens)
+            row.read_from(row.look_up())
         row.number = self._session.submit(self._request(row))
         self._rows[index] = row
 
@@ -573,9 +618,13 @@ class Generation:
     def _request(self, row: Row, core_cache: Any = None) -> Any:
         options = row.options
         request = self._model.new_request()
-        request.ids = row.prompt.ids.tolist()
+        skipped = row.reading.length if row.reading else 0
+        request.ids = row.prompt.ids[skipped:].tolist()
         if core_cache is not None:
             request.cache = core_cache
+        elif row.reading is not None:
+            request.cache, row.reading.cache = row.reading.cache, None
+            request.cuts = [cut - skipped for cut in row.reading.cuts]
         elif row.cache is not None:
             request.cache = self._model.core_cache(row.cache)
         request.max_new_tokens = options.max_new_tokens
@@ -595,13 +644,12 @@ class Generation:
         request.mask = row.guide.mask if row.guide else None
         # A stop string is found after a pass: guesses behind it would stay in the cache.
         if row.drafter is not None and not options.stop_strings:
-            request.drafter = row.drafter.core
-            request.draft_tokens = row.drafter.max_tokens
+            row.drafter.serve(request)
         request.hooks = row.hooks.core if row.hooks else None
         if row.adapters:
             request.adapters = row.adapters.core
         soft_tokens = row.inside.soft_tokens
-        request.media = engine_input(row.prompt.media, self._model.config, soft_tokens=soft_tokens)
+        request.media = engine_input(row.prompt.media, self._model.config, skipped, soft_tokens)
         return request
 
     @property
@@ -625,6 +673,7 @@ class Generation:
         for result in results:
             index = indices[result.row]
             row = self._rows[index]
+            row.begun = True
             if row.finish_reason:  # another thread closed the stream while this step ran
                 continue
             if result.error:
@@ -638,11 +687,27 @@ class Generation:
                 self._bar.show(index, result.prefilled)
             if row.finish_reason == "stop" and not result.finish_reason:
                 self._session.cancel(result.row)
+            # Of the tokens that come after the prompt, those that an answer ends with are enough.
+            if row.reading and (result.token < 0 or len(row.ids) == 1 or row.finish_reason):
+                self._store(row, row.reading)
             if piece is not None:
                 pieces.append(_of_row(piece, index))
         if self.done:
             self._close()
         return pieces
+
+    def _store(self, row: Row, reading: Reading) -> None:
+        """Stores what has been read of the row, for later rows and those that have not begun."""
+        assert row.prefixes is not None
+        row.prefixes.cache.store(reading, self._session.cache(row.number), row.ids)
+        for other in self._rows.values() if len(row.ids) == 1 else ():
+            if other.begun or other.finish_reason or other.reading is None:
+                continue
+            better = other.look_up(other.reading.length)
+            if better.length > other.reading.length:
+                self._session.release(other.number)
+                other.read_from(better)
+                other.number = self._session.submit(self._request(other))
 
     def _close(self) -> None:
         self._bar.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, overload
@@ -24,7 +25,7 @@ from gemloupe.arrays import as_float32
 from gemloupe.cache import KvCache
 from gemloupe.checkpoint import Checkpoint, open_checkpoint
 from gemloupe.config import ModelConfig, TextConfig
-from gemloupe.drafter import Drafter
+from gemloupe.drafter import Drafter, PromptLookup
 from gemloupe.embed_scale import embed_scale
 from gemloupe.errors import did_you_mean, does_not_fit, format_bytes, one_of, quoted
 from gemloupe.media import Content, Reader, SoftTokens
@@ -39,6 +40,7 @@ from gemloupe.media.images import default_budget
 from gemloupe.media.listening import ListeningStream
 from gemloupe.media.vision import Vision
 from gemloupe.output import Output
+from gemloupe.prefix_cache import PrefixCache
 from gemloupe.progress import ProgressBar
 from gemloupe.prompt import Prompt, prepare
 from gemloupe.safetensors_header import TensorInfo
@@ -311,6 +313,7 @@ class Model:
         self._options = options
         self._tokenizer = checkpoint.new_tokenizer()
         self._drafters: dict[str, Drafter] = {}
+        self._prefix_caches: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
 
     @property
     def core(self) -> _core.TextModel:
@@ -407,9 +410,10 @@ class Model:
         or 1120, of every image, or a list of one number an image of `images`; a part may say its
         own. None is the checkpoint's default, 280 for the released ones.
 
-        A call encodes them under its own adapters; before, `prompt.media` are under active ones.
+        A call encodes images and sounds under its own adapters: its result's `.prompt` has them so,
+        a prompt that no call has read has them under none.
         """
-        prepared = prepare(
+        return prepare(
             x,
             self.tokenizer,
             self.config,
@@ -422,10 +426,6 @@ class Model:
             max_soft_tokens=max_soft_tokens,
             reader=self.media_reader,
         )
-        of_media = self.adapters.media(self.adapters.active())
-        if isinstance(prepared, list):
-            return [prompt.under(of_media) for prompt in prepared]
-        return prepared.under(of_media)
 
     def run(self, x: Any, **arguments: Any) -> Any:
         """Runs the model over `x` and returns a `Run` (a batch: a list of them).
@@ -613,6 +613,33 @@ class Model:
             ),
             self.fingerprint,
         )
+
+    def prefix_cache(self, max_bytes: int = 1 << 30) -> PrefixCache:
+        """A store of what prompts begin with, for `generate(..., prefix_cache=)`.
+
+        A later prompt goes on from the longest beginning that it holds, with the bits that it
+        would get alone: from any position with int8 and int4 weights and in invariant mode, else
+        from multiples of 512. Beyond `max_bytes`, what was used longest ago goes. It belongs to
+        this model, and forgets what merged adapters and deleted ones make useless. ValueError
+        unless `max_bytes` is an int above 0.
+        """
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1:
+            raise ValueError(
+                f"max_bytes is {quoted(max_bytes)}; expected a number of bytes above 0"
+            )
+        made = PrefixCache(self, max_bytes)
+        self._prefix_caches.add(made)
+        return made
+
+    def forget_prefixes(self) -> None:
+        """Takes out of all prefix caches what the present weights and adapters can't use."""
+        for cache in [*self._prefix_caches]:
+            cache.forget()
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a row's bits never depend on batch, chunk or threads; see `load`."""
+        return self._options.invariant
 
     def unembed(
         self,
@@ -852,8 +879,14 @@ class Model:
         """
         return _drafter.load(self, source, dtype, max_tokens)
 
-    def drafter(self, drafter: Drafter | str | os.PathLike[str]) -> Drafter:
+    def drafter(
+        self, drafter: Drafter | PromptLookup | str | os.PathLike[str]
+    ) -> Drafter | PromptLookup:
         """What a call's `drafter` stands for; a path is loaded once."""
+        if isinstance(drafter, PromptLookup):
+            return drafter
+        if drafter == "prompt-lookup":
+            return PromptLookup()
         if isinstance(drafter, Drafter):
             drafter.check_target(self)
             return drafter

@@ -25,6 +25,8 @@ class Timings:
 
     prefill_tokens: int = 0
     """Prompt tokens read, those found in a cache not counted."""
+    cached_tokens: int = 0
+    """Prompt tokens that a prefix cache held."""
     prefill_seconds: float = 0.0
     """Seconds in passes that read this prompt; the first token comes with the last of them."""
     decode_tokens: int = 0

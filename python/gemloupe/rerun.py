@@ -12,7 +12,7 @@ from gemloupe import capturing, hooks
 from gemloupe.cache import KvCache
 from gemloupe.config import TextConfig
 from gemloupe.media import blocks
-from gemloupe.positions import Positions, Span, resolve
+from gemloupe.positions import Span
 from gemloupe.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -60,21 +60,12 @@ def reach(
     layer, position = config.num_hidden_layers - 1, min(first_logits, span.end - 1)
     if config.bidirectional == "all":
         return 0, span.first
-    needed: list[tuple[hooks.HookPoint, Positions]] = list(bound.edited)
-    for wanted in bound.request.wanted:
-        needed.append((wanted.point, resolve(wanted.at.positions, span)))
-    for point, where in needed:
+    for point, _ in bound.needed:
         if point.layer >= 0:
             layer = min(layer, point.layer)
         elif not point.name.startswith(("final_norm", "logits")):
             layer = 0
-        # Rows of attn.keys and attn.values are positions of the cache, which every query reads.
-        everywhere = point.shape.startswith("[S")
-        begins = [p for p in where.listed if p >= span.first]
-        if where.begin is not None:
-            begins.append(max(span.first, where.begin))
-        first = span.first if everywhere else min(begins, default=span.end - 1)
-        position = min(position, first)
+    position = min(position, bound.first_position(span))
     for begin, end in blocks(span.prompt.media, config.bidirectional):
         if span.first + begin < position < span.first + end:
             position = span.first + begin

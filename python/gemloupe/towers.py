@@ -49,8 +49,7 @@ def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
         stored = checkpoint.tensors[name]
         short = name.removeprefix("model.")
         if name in checkpoint.restore:
-            values = _read_plain(checkpoint.files[stored.file], stored.info)
-            loaded.add_values(short, checkpoint.restore[name](values))
+            loaded.add_values(short, restored(checkpoint, name))
             continue
         dtype = ENGINE_DTYPES.get(stored.info.dtype, stored.info.dtype)  # Packed files have ours.
         if dtype not in ENGINE_DTYPES.values():
@@ -68,6 +67,12 @@ def weights(checkpoint: Checkpoint, modules: Sequence[str]) -> _core.Weights:
     for short in widened:
         loaded.set_target(short, "float32")
     return loaded
+
+
+def restored(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    """A tensor that an mmproj file holds changed (`checkpoint.restore`), float32."""
+    stored = checkpoint.tensors[name]
+    return checkpoint.restore[name](_read_plain(checkpoint.files[stored.file], stored.info))
 
 
 def _read_plain(path: Path, info: TensorInfo) -> np.ndarray:

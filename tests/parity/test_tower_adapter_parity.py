@@ -470,3 +470,13 @@ def test_the_engine_refuses_changes_of_another_size(two: gl.Model) -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             _core.Adapter(two.core, "float32").add(layer, name, a, b, 1)
+
+
+def test_compare_encodes_each_side_under_its_own_adapters(two: gl.Model) -> None:
+    asked = two.prepare(prompt([len(two.encode_image(PICTURE, BUDGET))]), images=PICTURE,
+                        max_soft_tokens=BUDGET)  # fmt: skip
+    same = gl.compare(two, two, asked, adapter="a", reference_adapter="a")
+    assert same.first_divergence is None
+    other = gl.compare(two, two, asked, adapter="a", reference_adapter={})
+    assert other.first_divergence.name.startswith("vision.")
+    assert other.kl.mean() > 0.01

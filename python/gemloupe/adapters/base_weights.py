@@ -17,7 +17,8 @@ _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class BaseWeights:
-    """Rows of tensors as float32: the text decoder's as the model holds them, towers' as stored.
+    """Rows of tensors as float32: the text decoder's as the model holds them, towers' as stored
+    (of an mmproj file, as the checkpoint has them).
 
     Names are those of the checkpoint without the text decoder's prefix, or of towers "model.".
     """
@@ -51,6 +52,9 @@ class BaseWeights:
                 f"{self._files[stored.file].name}: {name} has the type {stored.info.dtype}; "
                 "expected F32, BF16 or F16"
             )
+        checkpoint, full = self._model.checkpoint, stored.info.name
+        if full in checkpoint.restore:
+            return towers.restored(checkpoint, full).reshape(-1, shape[-1])[list(ids)]
         cols = shape[-1]
         width = cols * (4 if dtype == "float32" else 2)
         size, begin = len(ids) * width, stored.info.begin + (ids[0] if len(ids) else 0) * width

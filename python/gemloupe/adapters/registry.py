@@ -40,6 +40,8 @@ class Adapters:
         """Names and weights of the calls that choose nothing, in every thread: `load(adapter=)`."""
         self.base_norms: dict[str, float] = {}
         """‖W‖ of the tensors that were asked for, by name."""
+        self.version = 0
+        """Of the weights that passes use; odd while they are being changed."""
 
     @functools.cached_property
     def towers(self) -> Towers:
@@ -91,6 +93,11 @@ class Adapters:
                 )
             del self._loaded[adapter.name]
             self.default.pop(adapter.name, None)
+        self._model.forget_prefixes()
+
+    def holds(self, adapter: Adapter) -> bool:
+        """Whether it is loaded: this very one, not another of its name."""
+        return self._loaded.get(adapter.name) is adapter
 
     def __getitem__(self, name: str) -> Adapter:
         with self._lock:
@@ -245,8 +252,13 @@ class Adapters:
         """Folds all of `merged` into the weights anew, so that errors don't add up."""
         override.refuse_inside(self._model, "adapters can't be merged")
         mix = Selection(tuple(merged.values())).core
-        with ProgressBar("merging") as bar:
-            errors = _core.merge_adapters(self._model.core, mix, requantize, bar.show)
+        self.version += 1
+        try:
+            with ProgressBar("merging") as bar:
+                errors = _core.merge_adapters(self._model.core, mix, requantize, bar.show)
+        finally:
+            self.version += 1
+        self._model.forget_prefixes()
         self._merged = merged
         self.base_norms.clear()
         return Table(

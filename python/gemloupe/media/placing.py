@@ -270,6 +270,7 @@ def engine_input(
     Computes soft tokens that have not been asked for before; `soft_tokens` are instead of them.
     """
     given = soft_tokens or {}
+    media = [medium for medium in media if medium.positions[-1] >= skipped]
     if not media:
         return None
     rows = np.concatenate([medium.positions for medium in media]).astype(np.int64)

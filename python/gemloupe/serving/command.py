@@ -33,7 +33,7 @@ class Options:
     mmproj: str | None = "auto"
     """The towers of the first model, where it is a GGUF file; see `gl.load`."""
     drafter: str | None = None
-    """A checkpoint that guesses tokens of the first model."""
+    """A checkpoint that guesses tokens of the first model, or "prompt-lookup"."""
     limits: Limits = Limits()
     access: Access = Access()
     drain: float = 30.0
@@ -93,7 +93,7 @@ def make_service(source: str, options: Options) -> Any:
             name = options.name if each == source and options.name else name
             drafter = None
             if each == source and options.drafter is not None:
-                drafter = model.load_drafter(options.drafter)
+                drafter = model.drafter(options.drafter)
             served[each] = Served(name, model, Scheduler(model, options.limits), drafter)
     aliases = {tag: served[checkpoint] for tag, checkpoint in options.aliases.items()}
     return Service(Registry(list(served.values()), aliases), options.limits, options.access)

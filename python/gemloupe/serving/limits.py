@@ -36,6 +36,9 @@ class Limits:
     """Bytes of the activations that one row may capture."""
     kv_bytes: int | None = None
     """Memory for the keys and values of all rows; None for half of what is free at the start."""
+    prefix_bytes: int | None = None
+    """Memory for what prompts begin with, of each model; 0 for none, None for a tenth of what is
+    free at the start, at most 4 GiB."""
     body_seconds: float = 30.0
     """How long a client may take to send its body."""
 

@@ -82,6 +82,12 @@ _OF_MODEL = (
     ("rows_running", "gauge", lambda s: s.running),
     ("kv_bytes", "gauge", lambda s: s.kv_bytes),
     ("kv_bytes_limit", "gauge", lambda s: s.kv_budget),
+    ("prefix_lookups_total", "counter", lambda s: s.prefix_stats.lookups),
+    ("prefix_hits_total", "counter", lambda s: s.prefix_stats.hits),
+    ("prefix_tokens_total", "counter", lambda s: s.prefix_stats.tokens),
+    ("prefix_evicted_total", "counter", lambda s: s.prefix_stats.evicted),
+    ("prefix_bytes", "gauge", lambda s: 0 if s.prefixes is None else s.prefixes.nbytes),
+    ("prefix_bytes_limit", "gauge", lambda s: 0 if s.prefixes is None else s.prefixes.max_bytes),
 )
 
 

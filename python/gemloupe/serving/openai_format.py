@@ -17,11 +17,17 @@ from gemloupe.tools import as_json
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def usage(outputs: Sequence[Output], choices: int, discard: bool = False) -> dict[str, int]:
+def usage(outputs: Sequence[Output], choices: int, discard: bool = False) -> dict[str, Any]:
     """Tokens of a request: a prompt counts once, whatever number of answers it has."""
     prompts = sum(len(output.prompt) for output in outputs[::choices])
+    cached = sum(output.timings.cached_tokens for output in outputs[::choices])
     new = 0 if discard else sum(len(output.ids) for output in outputs)
-    return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": new,
+        "total_tokens": prompts + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def timings(output: Output) -> dict[str, Any]:
@@ -29,6 +35,7 @@ def timings(output: Output) -> dict[str, Any]:
     times = output.timings
     return {
         "prefill_tokens": times.prefill_tokens,
+        "cached_tokens": times.cached_tokens,
         "prefill_seconds": times.prefill_seconds,
         "decode_tokens": times.decode_tokens,
         "decode_seconds": times.decode_seconds,

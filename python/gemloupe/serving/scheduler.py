@@ -18,11 +18,13 @@ from gemloupe import _core, sizes
 from gemloupe.errors import format_bytes
 from gemloupe.generation import Generation, Row
 from gemloupe.output import Output
+from gemloupe.prefix_cache import PrefixStats
 from gemloupe.serving.failure import ApiError
 from gemloupe.serving.limits import Limits
 from gemloupe.stream import Piece
 
 _log = logging.getLogger("gemloupe.serve")
+_MOST_PREFIX_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Scheduler:
         self.counts = Counts()
         budget = limits.kv_bytes
         self.kv_budget = _core.available_memory() // 2 if budget is None else budget
+        prefix_bytes = limits.prefix_bytes
+        if prefix_bytes is None:
+            prefix_bytes = min(_core.available_memory() // 10, _MOST_PREFIX_BYTES)
+        self.prefixes = model.prefix_cache(prefix_bytes) if prefix_bytes else None
+        """What prompts begin with, or None."""
         self._generation = Generation(model)
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
@@ -94,6 +101,11 @@ class Scheduler:
     def kv_bytes(self) -> int:
         """Memory set aside for the keys and values of the admitted rows."""
         return sum(ticket.kv_bytes for ticket in [*self._running.values()])
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """What the prefix cache has done; zeros without one."""
+        return PrefixStats() if self.prefixes is None else self.prefixes.stats
 
     @property
     def alive(self) -> bool:
@@ -145,6 +157,8 @@ class Scheduler:
                     ticket.cancelled = True
                 self._changed.notify()
             self._thread.join()
+        if self.prefixes is not None:
+            self.prefixes.clear()
 
     def _needed(self, row: Row) -> int:
         text = self.model.config.text

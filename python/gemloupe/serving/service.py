@@ -139,7 +139,11 @@ class Service:
                 seed = request.seed
                 if seed is not None:
                     seed = (seed + (index * request.choices + choice) * _CHOICE_SEED) % 2**63
-                more = {"seed": seed, "drafter": found.served.drafter}
+                more = {
+                    "seed": seed,
+                    "drafter": found.served.drafter,
+                    "prefix_cache": found.served.scheduler.prefixes,
+                }
                 row = make_rows(model, prompt, {**arguments, **more})[0]
                 row.streams_experts = request.streams_routing
                 check_capture_size(row, model.config.text, self.limits.max_capture)

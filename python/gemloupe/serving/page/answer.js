@@ -119,7 +119,7 @@ export class Answer {
       const length = seconds < 0.1 ? "Thoughts" : `Thought for ${seconds.toFixed(1)} s`;
       this.summary.textContent = thinks ? "Thinking…" : length;
       this.summary.classList.toggle("live", thinks);
-      if (!this.touched) this.details.open = thinks;
+      if (!this.touched) this.details.open = !this.answer.text;
     }
     if (this.answer.text) this.bodyMarkup.show(this.answer.text);
     this.body.hidden = !this.answer.text;

@@ -203,7 +203,7 @@ function finished(reply) {
     reply.tools.append(iconButton("again", "Again", again));
   }
   if (reply.warning) reply.node.append(element("p", { class: "warning" }, reply.warning));
-  map.show(reply.routing, false);
+  if (chat.messages.includes(reply)) map.show(reply.routing, false);
   update();
   scrollDown();
 }
@@ -356,7 +356,10 @@ function pointAt(node) {
 
 const messages = byId("messages");
 messages.addEventListener("pointerover", (event) => pointAt(event.target.closest?.(".token")));
-messages.addEventListener("pointerleave", () => pointAt(null));
+messages.addEventListener("pointerleave", ({ pointerType }) => {
+  // A finger is lifted to see what was under it.
+  if (pointerType !== "touch") pointAt(null);
+});
 messages.addEventListener("focusin", (event) => {
   if (event.target.matches(".token:focus-visible")) pointAt(event.target);
 });
