@@ -1,8 +1,9 @@
 """Draws the pictures, sounds and videos that demo:media learns from, deterministically by seed.
 
-A `MediaSample` is one medium with questions about it and their answers. What a picture or a sound
-is made of is its key, and one key in ten is held out (`corpus.is_held_out`): no shape of a held-out
-colour, kind and place and no held-out sequence of tones is ever trained on, in any question.
+A `MediaSample` is one medium with questions about it and their answers. What a picture, a sound or
+a video is made of is its key, and one key in ten is held out (`corpus.is_held_out`), in all
+questions: of pictures colour, kind and place of each shape, of sounds the pitches, of videos shape
+and event.
 """
 
 from __future__ import annotations

@@ -431,7 +431,8 @@ def main() -> None:
     losses: dict[str, float] = {}
     source = batches(tok, args.seed + 1, shares, args.easy, args.shapes)
     for step in itertools.count(1):
-        done = step / args.steps if args.steps else (time.time() - began) / (60 * args.minutes)
+        minutes = (time.time() - began) / 60
+        done = (step - 1) / args.steps if args.steps else minutes / args.minutes
         if done >= 1:
             break
         rate = min(1.0, step / 40) * max(0.01, 0.5 * (1 + math.cos(math.pi * done)))
@@ -448,8 +449,7 @@ def main() -> None:
             losses[name] = losses.get(name, value) * 0.9 + value * 0.1
         if step % 25 == 0:
             means = {key: round(value, 4) for key, value in sorted(losses.items())}
-            minutes = round((time.time() - began) / 60, 2)
-            print(json.dumps({"step": step, "minutes": minutes, **means}), flush=True)
+            print(json.dumps({"step": step, "minutes": round(minutes, 2), **means}), flush=True)
         if time.time() - saved > 240:
             save(model, bare, args.out)
             saved = time.time()
