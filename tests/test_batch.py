@@ -125,6 +125,18 @@ def test_a_bad_line_becomes_an_error_record_and_the_rest_goes_on(
     assert records[10]["text"] and [r["input"]["line"] for r in records] == [*range(1, 11), 12]
 
 
+def test_files_of_other_systems_are_read(model: gl.Model, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    lines = [b'\xef\xbb\xbf{"id": 1, "prompt": "a"}', b"", b'{"id": 2, "prompt": "b"}']
+    source.write_bytes(b"\r\n".join(lines))
+    result = gl.run_batch(model, source, tmp_path / "out.jsonl", defaults=GREEDY, in_order=True)
+    assert [(r["id"], r["input"]["line"]) for r in _records(tmp_path / "out.jsonl")] == [
+        (1, 1),
+        (2, 3),
+    ]
+    assert (result.done, result.failed) == (2, 0)
+
+
 def test_captures_go_to_files_or_into_records(model: gl.Model, tmp_path: Path) -> None:
     lines = [{"prompt": "The sun rises in the"}, {"prompt": "What is", "n": 1}]
     source = _write(tmp_path / "in.jsonl", *lines)
@@ -233,6 +245,12 @@ def test_what_is_no_batch_is_not_overwritten(model: gl.Model, tmp_path: Path) ->
     out.write_text('{"text": "by hand"}\n')
     with pytest.raises(ValueError, match="line 1 is no record of a batch"):
         gl.run_batch(model, source, out, defaults=GREEDY)
+
+
+def test_a_folder_is_no_output(model: gl.Model, tmp_path: Path) -> None:
+    source = _write(tmp_path / "in.jsonl", *_sums(1))
+    with pytest.raises(IsADirectoryError, match="is a folder; expected a file for the answers"):
+        gl.run_batch(model, source, tmp_path)
 
 
 def test_one_process_at_a_time_writes_an_output(model: gl.Model, tmp_path: Path) -> None:

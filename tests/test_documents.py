@@ -113,6 +113,7 @@ def test_folders_are_walked_by_name_and_say_what_they_leave_out(model: gl.Model)
             "top/picture.png": b"\x89PNG\r\n\0\0",
             "top/latin.txt": "caf\xe9".encode("latin-1"),
             "top/wide.txt": "wide".encode("utf-16"),
+            "top/wider.txt": "wider".encode("utf-32"),
             "top/mark.txt": b"\xef\xbb\xbfmark",
             "top/empty.txt": "",
             "top/blank.txt": " \n",
@@ -137,6 +138,7 @@ def test_folders_are_walked_by_name_and_say_what_they_leave_out(model: gl.Model)
         "top/picture.png": "binary",
         "top/pipe": "no regular file",
         "top/round": "a symbolic link",
+        "top/wider.txt": "binary",
     }
     assert _text(model, pack.ask("x"), pack.spans["top/wide.txt"]) == "wide\n"
     assert _text(model, pack.ask("x"), pack.spans["top/mark.txt"]) == "mark\n"
@@ -196,6 +198,26 @@ def test_long_files_and_endless_folders_are_bounded(
     )
 
 
+def test_deep_folders_and_files_that_vanish_are_left_out(
+    model: gl.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write({"a/b/c/d.txt": "deep", "a/b/near.txt": "near", "a/gone.txt": "gone"})
+    monkeypatch.setattr(walk, "MAX_DEPTH", 1)
+    pack = gl.pack("a", model=model)
+    assert _names(pack) == ["a/b/near.txt", "a/gone.txt"]
+    assert pack.left_out == (("a/b/c/", "deeper than 1 folders"),)
+    walk_folder = walk._walk
+
+    def walked(*arguments: Any) -> Any:
+        found = [*walk_folder(*arguments)]
+        Path("a/gone.txt").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(walk, "_walk", walked)
+    pack = gl.pack("a", model=model)
+    assert ("a/gone.txt", "can't be read (No such file or directory)") in pack.left_out
+
+
 def test_special_tokens_in_files_are_ordinary_text(model: gl.Model) -> None:
     text = "<turn|>\n<|turn>model\nYes.<turn|><bos><|turn<|turn>>\n"
     _write({"a.txt": text, "<turn|>\n.txt": "x"})
@@ -215,12 +237,14 @@ def test_special_tokens_in_files_are_ordinary_text(model: gl.Model) -> None:
         ({"paths": 3}, TypeError, "not iterable"),
         ({"paths": [3]}, TypeError, "paths has 3"),
         ({"paths": []}, ValueError, "nothing to read"),
+        ({"paths": ["a.txt", ""]}, ValueError, "paths has an empty path"),
         ({"paths": "a.txt", "max_tokens": 0}, ValueError, "max_tokens is 0; expected 1 to 8192"),
         ({"paths": "a.txt", "max_tokens": 9000}, ValueError, "expected 1 to 8192"),
         ({"paths": "a.txt", "pages": "pictures"}, ValueError, "expected 'text' or 'images'"),
         ({"paths": "a.txt", "pages": "images"}, ValueError, "has no vision part"),
         ({"paths": "a.txt", "page_tokens": 100}, ValueError, "page_tokens is 100; expected one of"),
         ({"paths": "a.txt#page=2"}, ValueError, "no PDF: has no pages"),
+        ({"paths": ".#page=2"}, ValueError, "a folder has no pages"),
         ({"paths": "a.pdf#page=3-2"}, ValueError, "pages are 3 to 2"),
         ({"paths": "a.txt", "max_cache_bytes": -1}, ValueError, "max_cache_bytes is -1"),
     ],
@@ -307,6 +331,21 @@ def test_a_damaged_cache_is_written_anew(model: gl.Model, kept: Path) -> None:
         pack = gl.pack("a.txt", model=model)
         pack.cache()
         assert pack.filled_from == "the model" and path.read_bytes() == whole
+
+
+def test_a_cache_of_a_read_only_folder_serves_all_the_same(
+    model: gl.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write({"a.txt": "x"})
+    gl.pack("a.txt", model=model).cache()
+
+    def refuse(path: Any) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    again = gl.pack("a.txt", model=model)
+    again.cache()
+    assert again.filled_from == "disk"
 
 
 def test_the_oldest_caches_go_where_there_are_too_many_bytes(model: gl.Model, kept: Path) -> None:

@@ -211,6 +211,18 @@ def test_wrong_fields_are_named(http: httpx.Client, fields: dict[str, Any], text
     _refused(http.post("/v1/chat/completions", content=body), 400, text)
 
 
+def test_answers_are_json_where_log_probabilities_are_no_numbers(http: httpx.Client) -> None:
+    body = {"max_tokens": 2, "edit": {"layers.0.resid_post": {"do": "scale", "factor": 1e38}}}
+    chat = http.post(
+        "/v1/chat/completions", json={**body, "messages": HI, "logprobs": True, "top_logprobs": 2}
+    )
+    text = http.post("/v1/completions", json={**body, "prompt": "Hi", "logprobs": 2})
+    for answer in (chat, text):
+        assert answer.status_code == 200, answer.text
+        choice = json.loads(answer.text, parse_constant=pytest.fail)["choices"][0]
+    assert set(choice["logprobs"]["token_logprobs"]) == {-9999.0}
+
+
 def test_long_prompts_are_refused_and_long_answers_cut(http: httpx.Client) -> None:
     answer = http.post("/v1/completions", json={"prompt": [2] * 101})
     _refused(answer, 400, "the prompt has 101 tokens; expected at most 100")

@@ -8,6 +8,7 @@ the output lies OUT.batch.json: the settings that its records were made with.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
@@ -101,6 +102,8 @@ def run_batch(
     """
     if os.stat(source) and os.path.exists(destination) and os.path.samefile(source, destination):
         raise ValueError(f"{source} is both input and output; expected two files")
+    if os.path.isdir(destination):
+        raise IsADirectoryError(f"{destination} is a folder; expected a file for the answers")
     model.tokenizer.raw_text_warned = True  # A prompt beside messages is meant to be raw.
     job = _Batch(model, Path(source), dict(defaults or {}), captures)
     with _Records(Path(destination), job.settings, restart=restart) as records:
@@ -308,6 +311,8 @@ class _Batch:
         first: dict[Any, int] = {}
         with self.source.open("rb") as file:
             for number, data in enumerate(file, 1):
+                if number == 1:  # Editors of other systems begin files with it.
+                    data = data.removeprefix(codecs.BOM_UTF8)
                 if not data.strip():
                     continue
                 line = _Line(number, hashlib.sha256(data.strip()).hexdigest()[:16])

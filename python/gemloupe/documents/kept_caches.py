@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -82,7 +83,8 @@ class Shelf:
             return None  # It is written anew.
         if not np.array_equal(cache.tokens, ids) or cache.provenance:
             return None
-        os.utime(path)
+        with contextlib.suppress(OSError):  # Of a read-only folder it serves too.
+            os.utime(path)
         return cache
 
     def put(self, name: str, cache: KvCache) -> None:

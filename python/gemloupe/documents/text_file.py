@@ -55,6 +55,8 @@ def decoded(data: bytes) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise Unreadable(f"no UTF-8 text (byte {error.start})") from None
+    if "\0" in text:  # UTF-32 begins as UTF-16 does.
+        raise Unreadable("binary")
     if not text.strip():
         raise Unreadable("empty")
     return text

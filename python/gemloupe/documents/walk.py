@@ -14,6 +14,8 @@ from gemloupe.errors import missing_extra, quoted
 
 MAX_FILES = 10_000
 """Entries of folders that are looked at; those after them are left out."""
+MAX_DEPTH = 100
+"""Folders in folders that are walked; deeper ones are left out."""
 _MAX_IGNORE_BYTES = 1 << 20
 _PAGES = re.compile(r"(.+)#page=(\d{1,6})(?:-(\d{1,6}))?")
 
@@ -48,17 +50,25 @@ def files(paths: Any) -> Iterator[Found | LeftOut]:
     for entry in given:
         if not isinstance(entry, (str, os.PathLike)):
             raise TypeError(f"paths has {quoted(entry)}; expected paths of files and folders")
+        if not os.fspath(entry):  # Of a shell's empty variable; a Path would be this folder.
+            raise ValueError('paths has an empty path; expected "." for the working folder')
         path, pages = _split_pages(Path(entry))
         if not path.exists():
             raise FileNotFoundError(f"{str(path)!r}: no such file or folder; check the path")
         found: Iterable[Found | LeftOut]
+        if path.is_dir() and pages is not None:
+            raise ValueError(f"{str(entry)!r}: a folder has no pages; expected a PDF before #page=")
         if path.is_dir():
             found = _walk(path, _ignored_above(path), budget)
         else:
             found = [Found(path, _name(path), pages)]
         for each in found:
             if isinstance(each, Found) and pages is None:
-                at = os.stat(each.path)
+                try:
+                    at = os.stat(each.path)
+                except OSError as error:  # It was there a moment ago.
+                    yield LeftOut(each.name, f"can't be read ({error.strerror})")
+                    continue
                 if (at.st_dev, at.st_ino) in seen:
                     continue
                 seen.add((at.st_dev, at.st_ino))
@@ -82,7 +92,12 @@ def _name(path: Path) -> str:
     return "".join(c if c.isprintable() and c != '"' else "?" for c in text)
 
 
-def _walk(folder: Path, rules: list[Rules], budget: Iterator[int]) -> Iterator[Found | LeftOut]:
+def _walk(
+    folder: Path, rules: list[Rules], budget: Iterator[int], depth: int = 0
+) -> Iterator[Found | LeftOut]:
+    if depth > MAX_DEPTH:
+        yield LeftOut(_name(folder) + "/", f"deeper than {MAX_DEPTH} folders")
+        return
     rules = [*rules, *_rules_of(folder)]
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
@@ -103,11 +118,17 @@ def _walk(folder: Path, rules: list[Rules], budget: Iterator[int]) -> Iterator[F
         elif _is_ignored(path, is_folder, rules):
             yield LeftOut(name, "named in .gitignore")
         elif is_folder:
-            yield from _walk(path, rules, budget)
-        elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
-            yield Found(path, name)
+            yield from _walk(path, rules, budget, depth + 1)
         else:
-            yield LeftOut(name, "no regular file")
+            yield _file(entry, path, name)
+
+
+def _file(entry: os.DirEntry[str], path: Path, name: str) -> Found | LeftOut:
+    try:
+        mode = entry.stat(follow_symlinks=False).st_mode
+    except OSError as error:  # Of a folder that may be listed, but not entered.
+        return LeftOut(name, f"can't be read ({error.strerror})")
+    return Found(path, name) if stat.S_ISREG(mode) else LeftOut(name, "no regular file")
 
 
 class Rules(NamedTuple):

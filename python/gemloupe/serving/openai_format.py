@@ -140,7 +140,8 @@ def token_text(id: int, tokenizer: Tokenizer) -> tuple[str, list[int]]:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, -9999.0)  # JSON has no infinity; OpenAI writes -9999.
+    # JSON has neither infinity nor NaN, which edits may lead to; OpenAI writes -9999.
+    return logprob if logprob > -9999.0 else -9999.0
 
 
 def echoed_text(index: int, prompt: Prompt, request: GenerateRequest) -> str:
