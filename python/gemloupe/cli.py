@@ -583,7 +583,7 @@ def _add_transcribe(commands: Any) -> None:
         "--translate-to", metavar="NAME", help="print a translation below each piece"
     )
     parser.add_argument("--times", action="store_true", help="begin each piece with its times")
-    _add_model_options(parser)
+    _add_model_options(parser, default="demo:media")  # The demo model that hears.
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of a piece")
 
 
@@ -703,13 +703,13 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 1,4") from None
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def _add_model_options(parser: argparse.ArgumentParser, default: str = _DEFAULT_MODEL) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default=_DEFAULT_MODEL,
+        default=default,
         help="a folder, a .gguf file, a hub id, or "
-        f"{', '.join(f'demo:{name}' for name in DEMO_NAMES)} (default: {_DEFAULT_MODEL})",
+        f"{', '.join(f'demo:{name}' for name in DEMO_NAMES)} (default: {default})",
     )
     group.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16, int8 or int4 (default: auto)"
