@@ -895,6 +895,11 @@ class Model:
         if isinstance(drafter, Drafter):
             drafter.check_target(self)
             return drafter
+        if not isinstance(drafter, (str, os.PathLike)):
+            raise TypeError(
+                f"drafter is {quoted(drafter)}; expected what load_drafter gave, a path or "
+                'hub id, a gl.PromptLookup or "prompt-lookup"'
+            )
         key = os.fspath(drafter)
         if key not in self._drafters:
             self._drafters[key] = self.load_drafter(key)
