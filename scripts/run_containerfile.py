@@ -125,12 +125,24 @@ def _new_root(folder: Path) -> Path:
     for path in ("dev", "proc", "sys"):
         _call("mount", "--rbind", f"/{path}", str(root / path))
     _call("mount", "-t", "tmpfs", "tmpfs", str(root / "tmp"))
+    _copy_name_service(root)
     _call("chroot", str(root), sys.executable, "-m", "venv", _PYTHON)
     # An image's user may read its Python; this machine's may lie in a home.
     for parent in Path(sys.executable).resolve().parents:
         path = root / parent.relative_to("/")
         path.chmod(path.stat().st_mode | 0o011)
     return root
+
+
+def _copy_name_service(root: Path) -> None:
+    """Gives a root what names are looked up with: where this machine is a container, these files
+    are mounts, which the root lacks; elsewhere they may be links to such.
+    """
+    for name in ("resolv.conf", "hosts"):
+        source, target = Path("/etc", name), root / "etc" / name
+        if source.is_file():
+            target.unlink(missing_ok=True)
+            target.write_bytes(source.read_bytes())
 
 
 def _inside(stage: Stage, path: str) -> Path:
@@ -186,7 +198,9 @@ def _ask(stage: Stage) -> None:
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
     print(f"--- CMD {stage.command}, without a key", flush=True)
-    refused = subprocess.run(_shell(stage, stage.command), capture_output=True, text=True)
+    refused = subprocess.run(
+        _shell(stage, stage.command), capture_output=True, text=True, timeout=_START_SECONDS
+    )
     if refused.returncode == 0 or "without a key" not in refused.stderr:
         raise SystemExit(f"expected to be refused, got {refused.returncode}: {refused.stderr}")
     key = secrets.token_urlsafe(16)

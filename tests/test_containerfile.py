@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -48,3 +49,19 @@ def test_a_containers_context_has_neither_history_nor_builds(script: ModuleType)
 
     assert all(map(is_left_out, (".git", "build", ".venv", "python/gemloupe/_core.x.so")))
     assert not any(map(is_left_out, ("scripts", "csrc/base", "python/gemloupe/build", "a/.github")))
+
+
+def test_names_are_looked_up_in_a_root_as_on_this_machine(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "hosts").symlink_to("../run/nothing")
+    script._copy_name_service(tmp_path)
+    assert not (tmp_path / "etc" / "hosts").is_symlink()
+    assert (tmp_path / "etc" / "hosts").read_bytes() == Path("/etc/hosts").read_bytes()
+
+
+def test_ci_refuses_stages_that_it_does_not_have(tmp_path: Path) -> None:
+    run = ROOT / ".ci" / "run"
+    done = subprocess.run([run, "style", "lint"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "no stage is called lint; expected some of: apt" in done.stderr

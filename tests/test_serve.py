@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ import docs_blocks
 import gemloupe as gl
 from adapter_files import write_adapter
 from gemloupe import _core
-from gemloupe.serving.command import Options
+from gemloupe.serving.command import Options, serve
 from gemloupe.serving.limits import Access
 from serving import Server, endless, running, wait_until
 from tiny_drafters import make_drafter, save_drafter
@@ -562,6 +563,7 @@ def test_listening_to_others_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> Non
     from gemloupe.serving import command
 
     monkeypatch.setattr(command, "_uvicorn", lambda: (dict, lambda config: pytest.fail("ran")))
+    monkeypatch.setattr(command, "_check_address", lambda options: None)
     monkeypatch.setattr(command, "make_service", lambda *_: (_ for _ in ()).throw(KeyError("stop")))
     for host, others in (("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)):
         for access in (Access(), Access(api_key="x"), Access(anybody=True)):
@@ -569,6 +571,21 @@ def test_listening_to_others_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> Non
             error = pytest.raises(ValueError, match="without a key") if refused else None
             with error or pytest.raises(KeyError, match="stop"):
                 command.serve("demo:edge", Options(host=host, access=access))
+
+
+def test_options_that_can_not_work_are_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for options, error, text in (
+            (Options(port=port), OSError, f"can't listen on '127.0.0.1', port {port}: Address alr"),
+            (Options(host="256.1.1.1", access=Access(anybody=True)), OSError, "on '256.1.1.1'"),
+            (Options(port=65536), ValueError, "--port is 65536; expected 1 to 65535"),
+            (Options(access=Access(api_key="schlüssel")), ValueError, "printable ASCII"),
+            (Options(access=Access(api_key="key\n")), ValueError, "printable ASCII"),
+            (Options(access=Access(adapter_folder=tmp_path / "no")), ValueError, "--adapter-dir"),
+        ):
+            with pytest.raises(error, match=re.escape(text)):
+                serve("no model", options)
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,20 @@ def test_slow_bodies_are_refused(server: Server) -> None:
         assert b" 408 " in raw.recv(100)
 
 
+def test_a_body_that_is_cut_off_leaves_no_traceback(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = server.service.metrics
+    before = metrics._requests["other", 400] + metrics._requests["/v1/completions", 400]
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+        raw.sendall(head.encode())
+    wait_until(
+        lambda: metrics._requests["other", 400] + metrics._requests["/v1/completions", 400] > before
+    )
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"7", b'"x"', b"\xff", b"[" * 10_000, b'{"a": ' * 3000,
@@ -157,9 +171,11 @@ def test_what_is_no_json_object_is_refused(http: httpx.Client, body: bytes) -> N
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "messages[0].content is"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "lone surrogate"),
         ({"temperature": "hot"}, "temperature is 'hot'; expected a number"),
-        ({"temperature": -1}, "temperature is -1.0; expected 0 to 100"),
+        ({"temperature": -1}, "temperature is -1; expected 0 to 100"),
         ({"temperature": 1e999}, "the body is not JSON"),
-        ({"top_p": 2}, "top_p is 2.0"),
+        ({"top_p": 2}, "top_p is 2; expected 0 to 1"),
+        ({"temperature": 10**400}, "expected 0 to 100"),
+        ({"max_tokens": 10**400}, "max_tokens is 1000"),
         ({"seed": 2**70}, "seed is"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": True}, "max_tokens is True; expected a whole number"),
@@ -178,7 +194,7 @@ def test_what_is_no_json_object_is_refused(http: httpx.Client, body: bytes) -> N
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
         ({"thinking_mode": "perhaps"}, "thinking_mode is 'perhaps'"),
         ({"thinking_mode": "enabled", "think": False}, "turns thinking on and off"),
-        ({"logit_cap": 0}, "logit_cap is 0.0"),
+        ({"logit_cap": 0}, "logit_cap is 0; expected"),
         ({"capture": "layers.*.nothing"}, "nothing"),
         ({"capture": ["vision.soft_tokens"]}, "is of a tower; a server looks into the text model"),
         ({"edit": {"audio.mel": {"do": "zero"}}}, "edit: 'audio.mel' is of a tower"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -43,10 +45,13 @@ class Options:
 def serve(source: str, options: Options) -> None:
     """Serves until Ctrl-C. ImportError, naming the extra, without FastAPI or uvicorn.
 
-    ValueError for an address that others reach, without a key.
+    ValueError for an address that others reach, without a key, and for other wrong options;
+    OSError where nothing can listen there. Both come before a model is loaded.
     """
     config_class, server_class = _uvicorn()
     _check_key(options)
+    _check_folder(options)
+    _check_address(options)
     service = make_service(source, options)
     from gemloupe.serving.app import make_app
 
@@ -123,6 +128,48 @@ def _check_key(options: Options) -> None:
             f"the server would listen on {quoted(options.host)} without a key, for whoever reaches "
             "this machine; expected --api-key or GEMLOUPE_API_KEY, or --no-api-key to let anybody "
             "use it"
+        )
+    key = access.api_key or ""
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        raise ValueError(
+            "the API key has characters that no client can send in a header; expected printable "
+            "ASCII, without a space before or after it"
+        )
+
+
+def _check_folder(options: Options) -> None:
+    folder = options.access.adapter_folder
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--adapter-dir is {quoted(str(folder))}; expected a folder")
+
+
+def _check_address(options: Options) -> None:
+    host, port = options.host, options.port
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port is {port}; expected 1 to 65535, or 0 for any that is free")
+    problem: OSError | None = None
+    bound = False
+    try:
+        every = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        every, problem = [], error
+    for family, kind, protocol, _name, address in every:
+        try:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    tried.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                tried.bind(address)
+                bound = True
+        except OSError as error:
+            problem = error
+            if error.errno == errno.EADDRINUSE:
+                break
+    # One of a name's addresses may be of a protocol that this machine lacks.
+    if problem is not None and (not bound or problem.errno == errno.EADDRINUSE):
+        raise OSError(
+            f"the server can't listen on {quoted(host)}, port {port}: {problem.strerror}; expected "
+            "an address of this machine and a port that nobody uses (--host, --port)"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -78,17 +77,18 @@ class Fields:
 
     def number(self, key: str, low: float, high: float, default: Any = None) -> Any:
         value = self.get(key, float)
-        return default if value is None else self._inside(key, float(value), low, high)
+        return default if value is None else float(self._inside(key, value, low, high))
 
     def integer(self, key: str, low: int, high: int, default: Any = None) -> Any:
         value = self.get(key, int)
         return default if value is None else self._inside(key, value, low, high)
 
     def _inside(self, key: str, value: Any, low: float, high: float) -> Any:
-        if not math.isfinite(value) or not low <= value <= high:
+        # Not made a float before: an integer of 400 digits is none.
+        if not low <= value <= high:
             raise ApiError(
                 400,
-                f"{self.name(key)} is {value}; expected {low:g} to {high:g}",
+                f"{self.name(key)} is {quoted(value)}; expected {low:g} to {high:g}",
                 param=self.name(key),
             )
         return value

@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 
 from gemloupe.errors import quoted
@@ -84,6 +85,8 @@ class Service:
             await asyncio.wait_for(read(), self.limits.body_seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, "the body did not come in time") from None
+        except ClientDisconnect:  # Nobody reads this; the log needs no traceback of it.
+            raise ApiError(400, "the client went away before its body had come") from None
         return bytes(data)
 
     async def start(self, found: Found, request: GenerateRequest) -> tuple[Job, list[Row]]:
