@@ -6,11 +6,13 @@ import dataclasses
 import pickle
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import gemloupe as gl
+from adapter_files import write_adapter
 
 
 class _Page(HTMLParser):
@@ -103,3 +105,21 @@ def test_results_travel_between_processes():
     copy = pickle.loads(pickle.dumps(out))
     assert (copy.text, copy.ids.tolist()) == (out.text, out.ids.tolist())
     assert copy.prompt.tokens == out.prompt.tokens
+
+
+def test_results_travel_without_adapters_and_tools_functions(tmp_path: Path) -> None:
+    def add(a: int, b: int) -> int:  # Local: it can't be pickled.
+        """Adds two numbers."""
+        return a + b
+
+    model = gl.load("demo:moe")
+    model.load_adapter(write_adapter(tmp_path / "a", model.checkpoint.folder), name="a")
+    run = model.run([2, 70, 80], adapter="a", capture="layers.0.resid_post")
+    copy = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(run))))
+    assert copy.adapters.label == "a" and not copy.adapters.adapters
+    assert repr(copy) == repr(run)
+    out = model.chat("two plus three", tools=[add], max_new_tokens=4, temperature=0)
+    copy = pickle.loads(pickle.dumps(out))
+    assert copy.prompt.tools[0].schema == out.prompt.tools[0].schema
+    assert (copy.text, copy.prompt.tools[0].function) == (out.text, None)
+    assert out.prompt.tools[0].function is add

@@ -153,6 +153,25 @@ def test_an_edited_request_reads_only_what_its_edits_can_not_reach(load) -> None
         assert_same(generate(model, LONG, prefixes), generate(model, LONG))
 
 
+def test_edit_functions_count_the_passes_that_they_would_have_cold(load) -> None:
+    model = load("e2b", "int4")
+    prefixes = model.prefix_cache()
+    generate(model, LONG, prefixes)
+
+    def steps(prefixes: Any) -> list[tuple[str, int]]:
+        seen: list[tuple[str, int]] = []
+
+        def note(x: np.ndarray, at: Any) -> None:
+            seen.append((at.phase, at.step))
+
+        edit = {"layers.1.resid_post": gl.edits.function(note, positions=slice(-1, None))}
+        assert (cached(generate(model, LONG, prefixes, edit=edit)) > 0) == (prefixes is not None)
+        return seen
+
+    assert steps(prefixes) == steps(None)
+    assert steps(None)[:2] == [("prefill", 1), ("decode", 2)]
+
+
 def test_captures_over_cached_positions_compute_them(load) -> None:
     model = load("e2b", "int4")
     prefixes = model.prefix_cache()
@@ -217,6 +236,25 @@ def test_equal_ids_with_other_pictures_share_nothing_of_them(tiny, tmp_path, var
     assert_same(warm, generate(model, inside, images=[pictures[0][:9]]))
 
 
+def test_pictures_that_an_edit_encodes_anew_are_encoded_once(tiny, monkeypatch) -> None:
+    model = gl.load(tiny("e2b", towers="tiny", media_ids=True)[1], dtype="int4")
+    vision, encoded = model.vision, []
+    assert vision is not None
+    encode = type(vision).encode
+    monkeypatch.setattr(
+        type(vision), "encode", lambda *given: encoded.append(given) or encode(*given)
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    image = model.config.image_token_id
+    count = model.vision.read(picture, "image", 70).lengths[0]
+    ids = [*range(101, 141), *[image] * count, *range(80, 90)]
+    edit = {"vision.soft_tokens": gl.edits.scale(2.0)}
+    arguments: dict[str, Any] = {"images": picture, "edit": edit, "max_soft_tokens": 70}
+    warm = generate(model, ids, model.prefix_cache(), **arguments)
+    assert len(encoded) == 1
+    assert_same(warm, generate(model, ids, **arguments))
+
+
 def test_adapters_with_their_scales_have_prefixes_of_their_own(tiny, tmp_path) -> None:
     folder = tiny("e2b", dtype="bfloat16")[1]
     model = gl.load(folder, invariant=True)
@@ -259,6 +297,26 @@ def test_a_row_that_runs_while_weights_change_stores_nothing(tiny, tmp_path) -> 
     while not generation.done:
         generation.step()
     assert len(prefixes) == 0
+
+
+def test_a_merge_that_fails_leaves_no_prefixes_that_nobody_can_use(
+    tiny, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny("e2b", dtype="bfloat16")[1]
+    model = gl.load(folder, dtype="int4")
+    adapter = model.load_adapter(write_adapter(tmp_path / "a", folder), name="a")
+    prefixes = model.prefix_cache()
+    cold = generate(model, LONG, prefixes)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no room for copies")
+
+    monkeypatch.setattr(_core, "merge_adapters", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        model.merge_adapter(adapter)
+    assert len(prefixes) == 0 and prefixes.nbytes == 0
+    assert_same(generate(model, LONG, prefixes), cold)
+    assert cached(generate(model, LONG, prefixes)) >= 640
 
 
 def test_overridden_weights_neither_read_nor_leave_prefixes(load) -> None:

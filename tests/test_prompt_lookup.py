@@ -105,3 +105,10 @@ def test_numbers_out_of_range_are_refused() -> None:
             gl.PromptLookup(**wrong)
     with pytest.raises(TypeError, match="expected an int"):
         gl.PromptLookup(ngram=2.5)
+
+
+def test_what_is_no_drafter_is_named(tiny: Any) -> None:
+    model = gl.load(tiny("31b", text_only=True)[1], dtype="float32")
+    for wrong in (5, gl.PromptLookup):
+        with pytest.raises(TypeError, match="expected what load_drafter gave, a path or hub id"):
+            model.generate([5, 6, 7], drafter=wrong)

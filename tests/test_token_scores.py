@@ -152,6 +152,7 @@ MISTAKES = {
     "too few": ({"targets": [1, 2]}, "targets has 2 ids; expected one for each of the 3 rows"),
     "outside": ({"targets": [1, 2, VOCAB_SIZE]}, f"targets has the id {VOCAB_SIZE}; expected -1"),
     "floats": ({"targets": [0.5, 1.0, 2.0]}, "targets is float64 of shape [3]; expected a list"),
+    "lists": ({"targets": [[1], [2, 3]]}, "targets is [[1], [2, 3]]; expected a list of token ids"),
     "vocab outside": ({"vocab": [-1]}, "vocab has the id -1; expected 0 to 306"),
     "no logits": ({"vocab": [1], "logits": None}, "vocab chooses columns of logits, but logits is"),
 }
@@ -165,6 +166,8 @@ def test_mistakes_are_named(model: gl.Model, case: str) -> None:
     assert message in str(error.value)
     with pytest.raises(ValueError, match="targets has 1 entries for 2 rows"):
         model.run([[5, 6], [7, 8]], targets=[[1, 2]])
+    with pytest.raises(ValueError, match='targets is 5; expected "next", or ids for each of'):
+        model.run([[5, 6], [7, 8]], targets=5)
 
 
 def test_all_logits_are_never_held(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import gemloupe as gl
+from adapter_files import write_adapter
 from tiny_models import save_tiny_tokenizer
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4, "stop": ()}
@@ -118,3 +121,23 @@ def test_what_generate_can_not_see_is_said(model: gl.Model) -> None:
     with pytest.raises(ValueError, match="there is no sound"):
         model.generate("a", cache=cache, capture="audio.encoded")
     assert cache.length == 0 and not cache.provenance
+
+
+def test_soft_tokens_of_adapters_that_stayed_behind_are_not_encoded_anew(
+    model: gl.Model, tmp_path: Path
+) -> None:
+    folder = model.checkpoint.folder
+    ends = ("embed_vision.embedding_projection", "embed_audio.embedding_projection")
+    model.load_adapter(write_adapter(tmp_path / "eyes", folder, end=ends), name="eyes")
+    try:
+        run = model.run(TEXT, **_media(), max_soft_tokens=70, adapter="eyes", routing=False)
+        travelled = pickle.loads(pickle.dumps(run.prompt))
+        again = model.run(travelled, adapter="eyes", routing=False)
+        np.testing.assert_array_equal(again.logits, run.logits)
+        for point, name in zip(POINTS, ("image 0", "audio 0"), strict=False):
+            with pytest.raises(ValueError, match=f"{name} came from another process"):
+                model.generate(travelled, capture=point, adapter="eyes", **GREEDY)
+    finally:
+        model.delete_adapter("eyes")
+    plain = pickle.loads(pickle.dumps(model.prepare(TEXT, **_media(), max_soft_tokens=70)))
+    assert POINTS[0] in model.generate(plain, capture=POINTS[0], **GREEDY).captured

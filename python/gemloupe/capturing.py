@@ -241,8 +241,9 @@ class BoundHooks:
         # Experts that `new_experts` has handed out, [L, T, k] each: `take` puts them back.
         self._handed_out: list[np.ndarray] = []
         self.edited: list[tuple[hooks.HookPoint, Positions]] = []
+        self.passes = edits.Passes()
         for point, edit in request.edits:
-            site = edits.Site(point, config, span, row)
+            site = edits.Site(point, config, span, row, self.passes)
             for target, where, core in edit.bind(site):
                 self.core.add_edit(target.index, target.layer, where.core(), core)
                 self.edited.append((target, where))

@@ -35,7 +35,14 @@ class At:
     phase: str
     """"prefill" or "decode"."""
     step: int
-    """Passes of this sequence before this one."""
+    """Passes of this sequence before this one, those of a prefix cache's tokens included."""
+
+
+@dataclass
+class Passes:
+    """Passes that a row would have had over what a prefix cache has read for it."""
+
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Site:
     config: hooks.Config
     span: Span
     row: int
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def text(self) -> TextConfig:
@@ -382,6 +390,7 @@ def function(fn: Callable[..., Any], *, positions: Any = None, rows: Any = None)
             shape = x.shape  # fn may change that of x, too.
             if takes_at:
                 phase = "decode" if decoding else "prefill"
+                step += site.passes.skipped
                 at = At(point.name, point.layer, positions, site.row, phase, step)
                 result = fn(x, at)
             else:

@@ -416,6 +416,8 @@ class Row:
         self.reading = reading
         self.timings.cached_tokens = reading.length
         self.timings.prefill_tokens = len(self.prompt) - reading.length
+        if self.hooks is not None:
+            self.hooks.passes.skipped = reading.passes
 
     def read_text(self) -> None:
         """Makes each token be decoded as it comes; without, only `Output.text` decodes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -314,6 +315,7 @@ class Model:
         self._tokenizer = checkpoint.new_tokenizer()
         self._drafters: dict[str, Drafter] = {}
         self._prefix_caches: weakref.WeakSet[PrefixCache] = weakref.WeakSet()
+        self._prefix_lock = threading.Lock()
 
     @property
     def core(self) -> _core.TextModel:
@@ -628,12 +630,15 @@ class Model:
                 f"max_bytes is {quoted(max_bytes)}; expected a number of bytes above 0"
             )
         made = PrefixCache(self, max_bytes)
-        self._prefix_caches.add(made)
+        with self._prefix_lock:
+            self._prefix_caches.add(made)
         return made
 
     def forget_prefixes(self) -> None:
         """Takes out of all prefix caches what the present weights and adapters can't use."""
-        for cache in [*self._prefix_caches]:
+        with self._prefix_lock:
+            caches = [*self._prefix_caches]
+        for cache in caches:
             cache.forget()
 
     @property
@@ -890,6 +895,11 @@ class Model:
         if isinstance(drafter, Drafter):
             drafter.check_target(self)
             return drafter
+        if not isinstance(drafter, (str, os.PathLike)):
+            raise TypeError(
+                f"drafter is {quoted(drafter)}; expected what load_drafter gave, a path or "
+                'hub id, a gl.PromptLookup or "prompt-lookup"'
+            )
         key = os.fspath(drafter)
         if key not in self._drafters:
             self._drafters[key] = self.load_drafter(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,10 @@ class Output:
     """Ids that a cache held before the prompt [S]."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Results travel between processes; the cache, which is the engine's, does not.
-        state = {**self.__dict__, "cache": None}
+        # Results travel between processes; the engine's cache and tools' functions do not.
+        tools = tuple(replace(tool, function=None) for tool in self.prompt.tools)
+        prompt = replace(self.prompt, tools=tools) if tools else self.prompt
+        state = {**self.__dict__, "cache": None, "prompt": prompt}
         state.pop("_answer", None)
         return state
 

@@ -12,6 +12,7 @@ prompt goes on only where one of its own passes would begin.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import threading
 from bisect import bisect_right
@@ -102,18 +103,17 @@ class Reading:
         self._lengths = lengths
         self._media = media
 
+    @property
+    def passes(self) -> int:
+        """How many passes an edited row would have had over the first `length` tokens."""
+        return bisect_right(self._lengths or (), self.length)
+
     def longest(self, most: int) -> int:
         """The longest prefix of at most `most` tokens from which the row may go on."""
         if self._lengths is not None:
             index = bisect_right(self._lengths, most)
             return self._lengths[index - 1] if index else 0
         return next((begin for begin, end in self._media if begin < most < end), most)
-
-    def shared(self, other: Reading) -> int:
-        """How many tokens this row could take over from another, once that is read."""
-        if self.place is None or self.place != other.place or not other.stores:
-            return 0
-        return self.longest(min(_common(self.keys, other.keys), len(self.keys) - 1))
 
 
 class PrefixCache:
@@ -316,7 +316,11 @@ class RowPrefixes:
     def __init__(self, cache: PrefixCache, prompt: Prompt) -> None:
         self.cache = cache
         self.prompt = prompt
-        self.keys = keys_of(prompt)
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """See `keys_of`; media are encoded where nothing was held."""
+        return keys_of(self.prompt)
 
     def hold(self, soft_tokens: Mapping[Medium, np.ndarray]) -> None:
         """Says what the row reads in place of the soft tokens of these media."""

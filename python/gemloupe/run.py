@@ -79,7 +79,8 @@ class Run:
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("tokens", str(len(self.prompt)))]
         if self.adapters:
-            rows.append(("adapter" if self.adapters.adapters else "weights", self.adapters.label))
+            named = self.adapters.adapters or self.adapters.left_behind
+            rows.append(("adapter" if named else "weights", self.adapters.label))
         if self.logits is not None:
             rows.append(("logits", str(list(self.logits.shape))))
         if self.logprobs is not None:

@@ -53,6 +53,10 @@ def per_row(targets: Any, rows: int | None) -> list[Any]:
     """`targets=` of each row: "next" and None hold for all, else a batch has one entry a row."""
     if rows is None or targets is None or isinstance(targets, str):
         return [targets] * (rows or 1)
+    if not hasattr(targets, "__len__"):
+        raise ValueError(
+            f'targets is {quoted(targets)}; expected "next", or ids for each of {rows} rows'
+        )
     if len(targets) != rows:
         raise ValueError(
             f'targets has {len(targets)} entries for {rows} rows; pass ids for each row, or "next"'
@@ -95,7 +99,10 @@ def _targets(targets: Any, prompt: Prompt, config: ModelConfig) -> list[int] | N
 
 
 def _ids(given: Any, name: str, size: int, low: int) -> list[int]:
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError):  # Lists of different lengths.
+        raise ValueError(f"{name} is {quoted(given)}; expected a list of token ids") from None
     if array.size == 0:
         return []
     if array.ndim != 1 or array.dtype.kind not in "iu":

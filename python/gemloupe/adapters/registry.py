@@ -256,10 +256,10 @@ class Adapters:
         try:
             with ProgressBar("merging") as bar:
                 errors = _core.merge_adapters(self._model.core, mix, requantize, bar.show)
-        finally:
+            self._merged = merged
+        finally:  # A version that failed is never current again, either.
             self.version += 1
-        self._model.forget_prefixes()
-        self._merged = merged
+            self._model.forget_prefixes()
         self.base_norms.clear()
         return Table(
             {"module": [module for module, _ in errors], "error": [error for _, error in errors]}

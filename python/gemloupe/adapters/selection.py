@@ -32,6 +32,13 @@ class Selection:
     adapters: tuple[tuple[Adapter, float], ...] = ()
     overridden: str = ""
     """What `Model.override` put in place of the model's weights, for people; "" for nothing."""
+    left_behind: str = ""
+    """The label of one whose adapters stayed in another process."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Adapters stay with their model; results that travel say under which they were made.
+        label = self.label if self.adapters else self.left_behind
+        return {"adapters": (), "overridden": self.overridden, "left_behind": label}
 
     @property
     def core(self) -> list[tuple[Any, float]]:
@@ -49,6 +56,8 @@ class Selection:
     @property
     def label(self) -> str:
         """ "a", "0.5 a + 0.5 b", or the name of no adapter: what a cache's provenance says."""
+        if self.left_behind:
+            return self.left_behind
         texts = [
             adapter.name if weight == 1 else f"{weight:g} {adapter.name}"
             for adapter, weight in self.adapters
@@ -57,7 +66,7 @@ class Selection:
         return " + ".join(texts) or BASE
 
     def __bool__(self) -> bool:
-        return bool(self.adapters or self.overridden)
+        return bool(self.adapters or self.overridden or self.left_behind)
 
 
 NO_ADAPTERS = Selection()

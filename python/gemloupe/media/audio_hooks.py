@@ -50,6 +50,7 @@ def encode(tower: AudioTower, prompt: Prompt, request: AudioRequest, row: int) -
     heard = Heard()
     found: dict[str, list[Any]] = {}
     for medium in sounds:
+        medium.content.check_encodes(f"audio {medium.index}")
         source = medium.content.source
         if not isinstance(source, Sound):
             raise ValueError(

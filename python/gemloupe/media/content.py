@@ -55,13 +55,28 @@ class Content:
     """What its soft tokens are computed under."""
     fixed: bool = False
     """Whether it was given as soft tokens, which stay what they are under other adapters."""
+    detached: bool = False
+    """Whether it came from another process without the adapters of its soft tokens: encoding its
+    source anew would give others."""
     _held: dict[Mix, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # Prompts travel between processes with their soft tokens, not with the tower.
         held = {(): np.asarray(self.soft_tokens)}
         without = {"encode": None, "adapters": NO_ADAPTERS, "fixed": True, "_held": held}
-        return self.__dict__ | without
+        return self.__dict__ | without | {"detached": self.detached or bool(self._mix)}
+
+    def check_encodes(self, name: str) -> None:
+        """ValueError where the source can't be encoded anew as it was."""
+        if self.detached:
+            raise ValueError(
+                f"{name} came from another process, where adapters changed its soft tokens: it "
+                "can't be encoded anew; prepare the prompt here to look into its tower"
+            )
+
+    @property
+    def _mix(self) -> Mix:
+        return self.adapters.of_tower("audio" if self.kind == "audio" else "vision")
 
     def under(self, adapters: Selection) -> Content:
         """The same content under other adapters; a fixed one is itself."""
@@ -70,7 +85,7 @@ class Content:
     @property
     def soft_tokens(self) -> np.ndarray:
         """float32 [n, D], read-only; computed when first asked for."""
-        mix = self.adapters.of_tower("audio" if self.kind == "audio" else "vision")
+        mix = self._mix
         rows = self._held.get(mix)
         if rows is None:
             rows = self.encode(self.adapters)

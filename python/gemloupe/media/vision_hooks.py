@@ -247,6 +247,7 @@ def encode(
 
 
 def _pictures(medium: Medium) -> Sequence[Image]:
+    medium.content.check_encodes(f"{medium.kind} {medium.index}")
     source = medium.content.source
     if isinstance(source, Image):
         return [source]
