@@ -187,3 +187,19 @@ print(grown, run.logits.shape, len(run.entropy))
     grown, shape = done.stdout.split(" ", 1)
     assert shape.strip() == "(1500, 2) 1500"
     assert int(grown) < 120 << 10
+
+
+def test_each_row_of_a_batch_chooses_its_logits() -> None:
+    model = gl.load("demo:edge")
+    rows = [[2, 5, 9], [2, 7]]
+    last, every = (model.run(rows[i], logits=how) for i, how in ((0, "last"), (1, "all")))
+    first, second = model.run(rows, logits=["last", "all"])
+    assert np.array_equal(first.logits, last.logits) and np.array_equal(second.logits, every.logits)
+    none, part = model.run(rows, logits=[None, slice(1, 2)], vocab=[3, 4])
+    assert none.logits is None and part.logits.shape == (1, 2)
+    with pytest.raises(ValueError, match="logits has 1 entries; expected one for each of 2 rows"):
+        model.run(rows, logits=["last"])
+    with pytest.raises(ValueError, match="x is one prompt; expected a list in a batch"):
+        model.run(rows[0], logits=["last"])
+    with pytest.raises(ValueError, match="logits is None"):
+        model.run(rows, logits=["all", None], capture="logits")

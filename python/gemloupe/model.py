@@ -452,7 +452,8 @@ class Model:
             also a list, one entry a row. A run that is repeated keeps its adapters.
         keep: hold what `model.run(this_run, edit=…)` begins from: that repeats the input with
             edits, but computes only the layers and positions that they, captures and logits reach.
-        logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`.
+        logits: "last" ([1, V]), "all" ([T, V]), None, or a slice of the rows of `x`; in a batch
+            also a list, one entry a row.
         vocab: ids: these columns of logits alone, in this order ([n, len(vocab)]).
         targets: "next", or one id for each row of `x` (-1 for none; in a batch a list of these):
             `run.logprobs` [T] is ln p of each row's target and `run.entropy` [T] the entropy of

@@ -110,7 +110,7 @@ def run(
     cache: KvCache | Sequence[KvCache | None] | None = None,
     capture: str | Iterable[str] | Mapping[str, Any] = (),
     edit: Any = None,
-    logits: LogitsRows = "last",
+    logits: LogitsRows | list[LogitsRows] = "last",
     vocab: Sequence[int] | None = None,
     targets: Any = None,
     softcap: float | str | None = "config",
@@ -153,6 +153,7 @@ def run(
                 "a repeated run encodes no image and no sound; run the prompt and its media anew"
             )
         request = capturing.parse(hooked, edit, model.config.text, x.adapters)
+        [logits] = _row_logits(logits, None)
         _check_logits(logits, request)
         reading = token_scores.parse(vocab, [targets], [x.prompt], model.config, logits)[0]
         cap = softcap_value(softcap)
@@ -179,10 +180,13 @@ def run(
         of_text, of_row_towers = tower_hooks.parse(model, of_towers, of_row, check_finite, adapters)
         requests.append(capturing.parse(hooked, of_text, model.config.text, adapters))
         towers.append(of_row_towers)
-    _check_logits(logits, requests[0])
+    shown = _row_logits(logits, rows)
+    for of_row, request in zip(shown, requests, strict=True):
+        _check_logits(of_row, request)
     rows_of = prompts if batch else [prompts]
     wanted = token_scores.per_row(targets, rows)
-    readings = token_scores.parse(vocab, wanted, rows_of, model.config, logits)
+    has_logits = next((of_row for of_row in shown if of_row is not None), None)
+    readings = token_scores.parse(vocab, wanted, rows_of, model.config, has_logits)
     cap = softcap_value(softcap)
     runs = []
     before = [(given, given.fork()) for given in caches if given is not None and batch]
@@ -191,7 +195,7 @@ def run(
             for i, prepared in enumerate(rows_of):
                 prompt = prepared.under(model.adapters.media(selected[i]))
                 options = _RowOptions(
-                    i, caches[i], logits, requests[i], cap, chunk, selected[i], keep, towers[i],
+                    i, caches[i], shown[i], requests[i], cap, chunk, selected[i], keep, towers[i],
                     readings[i],
                 )  # fmt: skip
                 runs.append(_run_row(model, prompt, options))
@@ -215,6 +219,17 @@ class _RowOptions:
     keep: bool = False
     towers: tower_hooks.TowerRequest | None = None
     reading: token_scores.Reading = token_scores.Reading()
+
+
+def _row_logits(logits: LogitsRows | list[LogitsRows], rows: int | None) -> list[LogitsRows]:
+    """`logits` of each row; ValueError for a list of another length."""
+    if not isinstance(logits, list):
+        return [logits] * (1 if rows is None else rows)
+    if rows is None:
+        raise ValueError(f"logits is {logits!r}, but x is one prompt; expected a list in a batch")
+    if len(logits) != rows:
+        raise ValueError(f"logits has {len(logits)} entries; expected one for each of {rows} rows")
+    return logits
 
 
 def _check_logits(logits: LogitsRows, request: capturing.Request) -> None:
