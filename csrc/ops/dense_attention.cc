@@ -51,16 +51,22 @@ Status DenseAttention(ConstMatrix q, ConstMatrix k, ConstMatrix v, int64_t head_
     const ConstMatrix queries = Columns(q.RowRange(first, rows), head * head_dim, head_dim);
     const Matrix out(z.row(first) + head * head_dim, rows, head_dim, z.stride);
     const ConstMatrix of_head(columns.RowRange(kv_begin, head_dim));
-    error.Add(by_rows ? OnednnMatmulColumnsF32(queries, of_head, scores)
-                      : LinearAlone(queries, Columns(k, kv_begin, head_dim), scores, path));
+    if (by_rows) {
+      error.Add(OnednnMatmulColumnsF32(queries, of_head, scores));
+    } else {
+      LinearAlone(queries, Columns(k, kv_begin, head_dim), scores);
+    }
     for (int64_t row = 0; row < rows; ++row) {
       float* of = scores.row(row);
       const float max = Kernels().max(of, scores.cols);
       const float sum = Kernels().exp_sum(of, of, max, scores.cols);
       Kernels().scale(of, of, 1.0f / sum, scores.cols);
     }
-    error.Add(by_rows ? OnednnMatmulColumnsF32(scores, Columns(v, kv_begin, head_dim), out)
-                      : LinearAlone(scores, of_head, out, path));
+    if (by_rows) {
+      error.Add(OnednnMatmulColumnsF32(scores, Columns(v, kv_begin, head_dim), out));
+    } else {
+      LinearAlone(scores, of_head, out);
+    }
   });
   return error.Take();
 }

@@ -426,16 +426,12 @@ Status Linear(ConstMatrix src, std::span<const LinearJob> jobs, const MatmulPath
   return error.Take();
 }
 
-Status LinearAlone(ConstMatrix src, ConstMatrix weight, Matrix dst, const MatmulPath& path) {
-  if (ChooseEngine(src.rows, DType::kFloat32, path) != Engine::kKernels) {
-    return OnednnMatmulF32(src, weight, dst);
-  }
+void LinearAlone(ConstMatrix src, ConstMatrix weight, Matrix dst) {
   for (int64_t row = 0; row < src.rows; row += kMaxKernelRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kMaxKernelRows, src.rows - row));
     Kernels().matmul_f32(dst.row(row), dst.stride, src.row(row), src.stride, weight.data,
                          weight.stride, rows, weight.rows, weight.cols, {});
   }
-  return absl::OkStatus();
 }
 
 Status LinearSlice(const LinearInput& input, std::span<const int64_t> rows,

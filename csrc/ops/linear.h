@@ -70,9 +70,9 @@ inline Status Linear(ConstMatrix src, std::initializer_list<LinearJob> jobs, con
   return Linear(src, std::span<const LinearJob>(jobs.begin(), jobs.size()), path, arena);
 }
 
-// dst [T, n] = src [T, k] · weight [n, k]ᵀ in float32, with any strides, on the calling thread alone:
-// for products of activations.
-Status LinearAlone(ConstMatrix src, ConstMatrix weight, Matrix dst, const MatmulPath& path);
+// dst [T, n] = src [T, k] · weight [n, k]ᵀ in float32 by our kernels, with any strides, on the calling
+// thread alone: for products of activations.
+void LinearAlone(ConstMatrix src, ConstMatrix weight, Matrix dst);
 
 // dst [rows.size(), end − begin] = input[rows] · weight[begin:end]ᵀ on the calling thread alone, for
 // callers that split the work themselves (experts). The input was prepared, with width 1, for the
