@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pypdf
 import pytest
 
 import docs_blocks
@@ -559,7 +560,6 @@ def test_pdfs_are_bounded_in_bytes_and_pages(
 
 
 def test_a_pdf_with_a_password_is_named(model: gl.Model) -> None:
-    pypdf = pytest.importorskip("pypdf")
     writer = pypdf.PdfWriter(clone_from=write_pdf(Path("open.pdf"), ["secret"]))
     writer.encrypt("word", algorithm="RC4-128")
     writer.write("closed.pdf")

@@ -175,7 +175,6 @@ def test_arguments_that_nothing_knows_are_refused(pair: Any) -> None:
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     """A folder with a multiple-choice task and one whose answers are generated."""
-    pytest.importorskip("datasets")
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [
